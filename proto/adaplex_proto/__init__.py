@@ -1,0 +1,1 @@
+"""The gRPC contract `adaplex.v1` and its generated stubs."""

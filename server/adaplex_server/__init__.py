@@ -1,0 +1,1 @@
+"""What answers requests: HTTP and gRPC APIs, engine, model, kernels, command line."""

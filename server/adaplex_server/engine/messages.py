@@ -1,0 +1,179 @@
+"""Frames between the API process and the engine process.
+
+One end of a Unix socket pair is inherited by the engine; a frame is a 4-byte little-endian length and a msgpack body (msgspec, tagged union; no
+pickle). End of file on either side means that the other process is gone. The engine knows revisions, never names.
+
+Every accepted `Submit` ends in exactly one `RowEnd`, also after a `Cancel` (reason "cancelled").
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from adaplex_server.vocabulary import FinishReason, SamplingParams, TokenLogprob
+
+# ---- API -> engine ---------------------------------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Generate for one row. row: unique in the engine's life. revision: adapter revision, None for the base.
+
+    deadline: absolute time.monotonic() seconds (one clock for both processes of a machine), None for none.
+    """
+
+    row: int
+    prompt: list[int]
+    sampling: SamplingParams
+    revision: str | None = None
+    deadline: float | None = None
+    priority: int = 0
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Stop this row within one step. Unknown rows are ignored (they have just ended)."""
+
+    row: int
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Read the revision from the store, put it on the device and prove it. Answered by AdapterLoaded or AdapterFailed."""
+
+    call: int
+    revision: str
+
+
+class DropAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forget the revision once no row uses it: slot, host copy and prefix-cache pages. Answered by AdapterDropped."""
+
+    call: int
+    revision: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Finish nothing more; end the process."""
+
+
+ToEngine = Submit | Cancel | LoadAdapter | DropAdapter | Shutdown
+
+# ---- engine -> API ---------------------------------------------------------------------------------------------------
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a started engine is: told once, in Ready."""
+
+    pid: int
+    device: str
+    dtype: str
+    base_format: str
+    max_context: int
+    max_rows: int
+    max_waiting: int
+    page_size: int
+    total_pages: int
+    adapter_rank_rows: int
+    base_bytes: int
+    vocab_size: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The base is loaded and the engine takes rows."""
+
+    info: EngineInfo
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """A line for whoever waits for Ready: what is being done, and how far (0..1)."""
+
+    text: str
+    fraction: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start (error: class name in the error tree). The process ends after this."""
+
+    error: str
+    message: str
+
+
+class RowToken(msgspec.Struct, frozen=True):
+    """One new token of a row. logprob is set when asked for. prompt_logprobs and cached_tokens come with the first token only."""
+
+    row: int
+    token: int
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = 0
+
+
+class RowEnd(msgspec.Struct, frozen=True):
+    """The one final word on a row. error: class name in the error tree when reason is "error".
+
+    When a stop or end token ended the row it is `stop_token` and was not sent as a RowToken. prompt_logprobs is set here when asked for and no token was
+    generated (max_tokens 0: scoring only).
+    """
+
+    row: int
+    reason: FinishReason
+    error: str | None = None
+    message: str = ""
+    retry_after: float | None = None
+    stop_token: int | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Gauges and running totals (totals count since the engine started)."""
+
+    waiting: int
+    running: int
+    pages_used: int
+    pages_cached: int
+    pages_total: int
+    adapters_resident: int
+    rank_rows_used: int
+    rank_rows_total: int
+    adapter_loads: int
+    adapter_evictions: int
+    preemptions: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    steps: int
+    step_seconds: float
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True):
+    """Everything that one step did: one message a step."""
+
+    tokens: list[RowToken]
+    ends: list[RowEnd]
+    stats: EngineStats
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
+    """The proof: every tensor was consumed, and the largest absolute difference of the probe's logits from the base's is positive."""
+
+    call: int
+    revision: str
+    max_logit_difference: float
+    device_bytes: int
+    seconds: float
+
+
+class AdapterFailed(msgspec.Struct, frozen=True, tag=True):
+    """The revision cannot be served; nothing of it stays. error: class name in the error tree."""
+
+    call: int
+    revision: str
+    error: str
+    message: str
+
+
+class AdapterDropped(msgspec.Struct, frozen=True, tag=True):
+    """The revision is gone; bytes of device memory that became reclaimable."""
+
+    call: int
+    revision: str
+    freed_bytes: int
+
+
+FromEngine = Ready | Progress | Failed | StepDone | AdapterLoaded | AdapterFailed | AdapterDropped

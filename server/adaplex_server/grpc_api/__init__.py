@@ -1,0 +1,1 @@
+"""adaplex.v1 over gRPC, a thin skin over service."""

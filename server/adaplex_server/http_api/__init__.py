@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP, a thin skin over service."""
