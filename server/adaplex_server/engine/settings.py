@@ -1,0 +1,41 @@
+"""What an engine process is started with. Resolved and validated by the API process; the engine only obeys."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Sent as the first frame to a new engine process.
+
+    base: folder in Hugging Face layout (already local). quantize: "nf4" quantizes a dense checkpoint in flight, "none" keeps
+    it; a checkpoint that is already quantized is recognized from its own config. dtype: of activations; "auto" follows the
+    checkpoint (bfloat16 where it is float16 on a CPU). store: folder of the AdapterStore.
+
+    max_rows: rows of one step at most. max_waiting: length of the queue. max_step_tokens: tokens of one step at most (a longer
+    prompt is prefilled in chunks). max_context: None for the model's own. kv_bytes, adapter_bytes: device memory for KV pages
+    and for adapter rank rows; None takes a share of what is free. host_adapter_bytes: adapters kept in host memory.
+    max_rank: rank of an adapter at most. threads: CPU threads of the model, None for all cores.
+    """
+
+    base: str
+    store: str
+    base_name: str
+    quantize: Literal["nf4", "none"] = "nf4"
+    double_quant: bool = True
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_rows: int = 64
+    max_waiting: int = 256
+    max_step_tokens: int = 512
+    max_context: int | None = None
+    page_size: int = 16
+    kv_bytes: int | None = None
+    adapter_bytes: int | None = None
+    host_adapter_bytes: int = 2 << 30
+    max_slots: int = 64
+    max_rank: int = 256
+    prefix_cache: bool = True
+    threads: int | None = None
