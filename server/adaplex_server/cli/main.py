@@ -1,0 +1,32 @@
+"""Mounts the commands and turns an error of the tree into one line on standard error and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from adaplex_adapters.errors import AdaplexError, StartupError
+from adaplex_server.cli.serve import serve
+
+app = typer.Typer(
+    name="adaplex",
+    help="One frozen, quantized language model in memory; many fine-tuned adapters served from it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve)
+
+
+def main() -> None:
+    """The entry point of `adaplex`."""
+    run(app)
+
+
+def run(application: typer.Typer) -> None:
+    """Run a command line; an AdaplexError ends it with its message and a code that is not 0."""
+    try:
+        application()
+    except AdaplexError as error:
+        print(f"adaplex: {error.message}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, StartupError) else 1)

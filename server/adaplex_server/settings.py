@@ -1,0 +1,196 @@
+"""All settings of the server in one typed object, and the one place that reads the environment and the TOML file.
+
+Order, weakest first: defaults, the TOML file, `ADAPLEX_*` variables, the command line. Unknown keys and bad values are
+refused with their name; nothing is ignored. `SETTINGS` below is the only list of options: the command line, the TOML
+keys (same names) and the variables (`ADAPLEX_` and the name in capitals) are all made from it.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+
+from adaplex_adapters.errors import StartupError
+
+ENV_PREFIX = "ADAPLEX_"
+# Read elsewhere on purpose, and not a setting: which TOML file to read.
+CONFIG_VARIABLE = "ADAPLEX_CONFIG"
+
+
+def default_data_dir() -> Path:
+    """Where adapters and the catalogue live unless told otherwise: $XDG_DATA_HOME/adaplex."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "adaplex"
+
+
+class ServerSettings(BaseModel):
+    """What `adaplex serve` can be told. Frozen: "auto" and None are resolved where used, never written back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: Annotated[
+        str | None,
+        Field(
+            title="Base model",
+            description="The base: a folder in Hugging Face layout, or a hub name where there is a network. "
+            "A GPTQ or bitsandbytes NF4 folder is recognized from its own config. Without it, the embedded "
+            "SmolLM2-135M-Instruct.",
+        ),
+    ] = None
+    served_name: Annotated[
+        str | None, Field(title="Base model", description="What clients call the base; the folder's name unless given.")
+    ] = None
+    quantize: Annotated[
+        Literal["nf4", "none"],
+        Field(
+            title="Base model",
+            description="How a dense checkpoint is kept in memory: quantized to NF4 in flight, or as it is.",
+        ),
+    ] = "nf4"
+    double_quant: Annotated[
+        bool,
+        Field(title="Base model", description="Quantize the block scales of NF4 as well (0.37 bit a parameter less)."),
+    ] = True
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(title="Base model", description="Type of activations and KV cache; auto follows the checkpoint."),
+    ] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Field(title="Base model", description="Where the base lives.")
+    ] = "auto"
+    threads: Annotated[
+        int | None, Field(title="Base model", ge=1, description="CPU threads of the model; all cores unless given.")
+    ] = None
+
+    adapters: Annotated[
+        Path | None,
+        Field(
+            title="Adapters",
+            description="Folder with one PEFT folder an adapter, each served under its folder's name. Also the only "
+            "place from which /v1/load_lora_adapter loads. Without --base and --adapters, the demo adapters.",
+        ),
+    ] = None
+    data_dir: Annotated[
+        Path, Field(title="Adapters", description="Where uploaded adapters and the catalogue are kept, durably.")
+    ] = Field(default_factory=default_data_dir)
+    max_rank: Annotated[
+        int, Field(title="Adapters", ge=1, le=1024, description="Largest LoRA rank that is accepted.")
+    ] = 256
+    max_slots: Annotated[
+        int,
+        Field(
+            title="Adapters",
+            ge=1,
+            le=4096,
+            description="Adapters on the device at once; more may be registered, they take turns.",
+        ),
+    ] = 64
+    max_upload: Annotated[
+        ByteSize, Field(title="Adapters", description="Largest adapter that is accepted, unpacked.")
+    ] = ByteSize(2 << 30)
+
+    http: Annotated[str, Field(title="Listening", description="HOST:PORT of the HTTP API.")] = "127.0.0.1:8000"
+    grpc: Annotated[str, Field(title="Listening", description="HOST:PORT of the gRPC API, or 'off'.")] = (
+        "127.0.0.1:50051"
+    )
+
+    max_rows: Annotated[int, Field(title="Limits", ge=1, le=1024, description="Rows of one step at most.")] = 64
+    max_waiting: Annotated[
+        int, Field(title="Limits", ge=1, description="Requests that may wait; past it clients get 429.")
+    ] = 256
+    max_step_tokens: Annotated[
+        int,
+        Field(title="Limits", ge=16, description="Tokens of one step at most; longer prompts are prefilled in chunks."),
+    ] = 512
+    max_context: Annotated[
+        int | None,
+        Field(title="Limits", ge=16, description="Tokens of prompt and answer; the model's own unless given."),
+    ] = None
+    page_size: Annotated[int, Field(title="Limits", ge=8, le=256, description="Tokens in a page of the KV cache.")] = 16
+    prefix_cache: Annotated[
+        bool, Field(title="Limits", description="Reuse the KV pages of equal prompt beginnings.")
+    ] = True
+    drain_seconds: Annotated[
+        float, Field(title="Limits", ge=0, description="How long running requests may finish after SIGTERM.")
+    ] = 30.0
+
+    kv_memory: Annotated[
+        ByteSize | None,
+        Field(title="Memory", description="For the KV cache, such as 4GiB; a share of what is free unless given."),
+    ] = None
+    adapter_memory: Annotated[
+        ByteSize | None,
+        Field(title="Memory", description="For adapters on the device; a share of what is free unless given."),
+    ] = None
+    host_adapter_memory: Annotated[
+        ByteSize, Field(title="Memory", description="For adapters kept ready in host memory.")
+    ] = ByteSize(2 << 30)
+
+    adapter_labels: Annotated[
+        int,
+        Field(
+            title="Metrics and logs",
+            ge=0,
+            description="Adapters with a metrics label of their own; the rest are 'other'.",
+        ),
+    ] = 100
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Field(title="Metrics and logs", description="What is logged, to standard error."),
+    ] = "info"
+
+
+def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> ServerSettings:
+    """Merge the sources. flags: only what was given on the command line. StartupError names the key and its source."""
+    path = config or (Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None)
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, values in (
+        ("the configuration file", _from_toml(path) if path else {}),
+        ("the environment", _from_environment(environ)),
+        ("the command line", dict(flags)),
+    ):
+        for key, value in values.items():
+            if key not in ServerSettings.model_fields:
+                raise StartupError(
+                    f"unknown setting '{key}' in {source}; known are: {', '.join(ServerSettings.model_fields)}"
+                )
+            merged[key], origin[key] = value, source
+    try:
+        return ServerSettings(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise StartupError(
+            f"setting '{key}' from {origin.get(key, 'the defaults')} is {merged.get(key)!r}: {first['msg']}", param=key
+        ) from error
+
+
+def _from_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise StartupError(f"the configuration file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StartupError(f"the configuration file {path} is not valid TOML: {error}") from error
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables whose names begin with ADAPLEX_, the prefix taken off and in lower case."""
+    return {
+        name.removeprefix(ENV_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX) and name != CONFIG_VARIABLE
+    }
+
+
+def host_and_port(address: str, setting: str) -> tuple[str, int]:
+    """Split HOST:PORT ([::1]:80 for IPv6). Raises StartupError naming the setting."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise StartupError(f"setting '{setting}' is '{address}', which is not HOST:PORT", param=setting)
+    return host.strip("[]") or "127.0.0.1", int(port)
