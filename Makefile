@@ -31,8 +31,11 @@ format: $(VENV)/.dev ## Format the sources
 test-gpu: ## Tests that need an NVIDIA GPU, with the python that has torch and triton there
 	PYTHONPATH=proto:adapters:server:loadtest $(PYTHON) -m pytest tests/gpu -m gpu $(ARGS)
 
-proto: $(VENV)/.dev ## Generate the gRPC stubs again
-	$(BIN)/python proto/generate.py
+# An old generator on purpose, in an environment of its own: its stubs run with protobuf 6.31 and everything later.
+proto: ## Generate the gRPC stubs again
+	$(PYTHON) -m venv $(VENV)-proto
+	$(VENV)-proto/bin/python -m pip install grpcio-tools==1.75.1 setuptools
+	$(VENV)-proto/bin/python proto/generate.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
