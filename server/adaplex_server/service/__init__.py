@@ -1,1 +1,1 @@
-"""What both skins share in the API process: resolving names, text in and out, limits, the engine's supervision."""
+"""Between the skins and the engine: text, names, admission, streams, supervision, metrics."""

@@ -1,0 +1,47 @@
+"""What a service is built from. Resolved by the command line (file, environment, options).
+
+Nothing here is read twice.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaplex_server.engine.settings import EngineSettings
+
+ENGINE_COMMAND = (sys.executable, "-m", "adaplex_server.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """All times in seconds.
+
+    data_dir: holds catalogue.sqlite3; the adapter store is `engine.store` (by convention data_dir/adapters). engine:
+    sent to the engine process as it is; engine.base is also where tokenizer, chat template and config are read.
+    aliases: other names under which the base answers. adapters_dir: each subfolder is registered at start under its
+    own name, and paths sent by clients are accepted only inside it (None: no such paths). chat_template: a jinja
+    template that replaces the tokenizer's own.
+
+    max_inflight: rows admitted at once, None for engine.max_rows + engine.max_waiting. row_buffer: events kept for a
+    reader that is slower than the model, per row, before its request is ended. drain_seconds: how long running
+    requests may finish after SIGTERM. restart_first .. restart_longest: pauses before a lost engine is started again,
+    doubling; back to the first after healthy_after of health. adapter_labels: adapters that get metric series of
+    their own, the others are "other". engine_command: what is started; the number of the inherited socket is
+    appended.
+    """
+
+    data_dir: Path
+    engine: EngineSettings
+    aliases: tuple[str, ...] = ()
+    adapters_dir: Path | None = None
+    chat_template: str | None = None
+    max_inflight: int | None = None
+    row_buffer: int = 2048
+    drain_seconds: float = 30.0
+    restart_first: float = 0.5
+    restart_longest: float = 30.0
+    healthy_after: float = 60.0
+    adapter_labels: int = 50
+    engine_command: tuple[str, ...] = ENGINE_COMMAND

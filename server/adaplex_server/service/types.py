@@ -1,0 +1,68 @@
+"""What the service tells about itself and its adapters. Frozen; owns nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from adaplex_server.engine.messages import EngineInfo
+
+AdapterState = Literal["ready", "resident", "loading", "draining", "failed"]
+ServiceState = Literal["starting", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One registered name.
+
+    revision: SHA-256 (hex) of the content that new requests of this name get. nbytes: size as stored. created: Unix
+    seconds. source: "upload", "folder" or "trainer". running: rows of this name in the engine now, of whatever
+    revision. state: "ready" can be named in a request; "resident" is ready and has been used since the engine
+    started; "loading" is being proved for the first time (not yet in the catalogue); "draining" was unloaded and its
+    last rows are running; "failed" cannot be served, `reason` says why. Only "ready" and "resident" belong in a list
+    of models.
+    """
+
+    name: str
+    revision: str
+    kind: str
+    rank: int
+    targets: tuple[str, ...]
+    nbytes: int
+    parameters: int
+    base_model: str
+    source: str
+    created: float
+    state: AdapterState
+    running: int = 0
+    reason: str = ""
+
+    @property
+    def servable(self) -> bool:
+        """Whether a request may name it now."""
+        return self.state in ("ready", "resident")
+
+
+@dataclass(frozen=True)
+class ServiceInfo:
+    """The server as a whole.
+
+    base: the base's own name; aliases: other names of the base. state: readiness is state == "ready"; "starting" also
+    while the engine is started again; "failed" while it crashes again and again (it is still being retried). detail:
+    why not ready, or what is being loaded. progress: 0..1 of the present load. restarts: engines lost since the
+    service started. started: Unix seconds. engine: None until the first engine is ready, then the latest one's.
+    """
+
+    base: str
+    aliases: tuple[str, ...]
+    state: ServiceState
+    detail: str
+    progress: float
+    restarts: int
+    started: float
+    engine: EngineInfo | None
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self.state == "ready"
