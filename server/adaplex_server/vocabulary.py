@@ -87,6 +87,7 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
     """The one final message of choice `index`. Errors are raised instead, never sent as a Finish.
 
     matched_stop: the stop string or stop token id that ended the text, None otherwise. cached_tokens: prompt tokens taken from the prefix cache.
+    stop_logprob: of the end or stop token that ended the row, when log-probabilities were asked for (it is in no Delta).
     """
 
     index: int
@@ -95,3 +96,4 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     cached_tokens: int = 0
     matched_stop: str | int | None = None
+    stop_logprob: TokenLogprob | None = None

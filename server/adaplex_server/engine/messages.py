@@ -109,7 +109,7 @@ class RowEnd(msgspec.Struct, frozen=True):
     """The one final word on a row. error: class name in the error tree when reason is "error".
 
     When a stop or end token ended the row it is `stop_token` and was not sent as a RowToken. prompt_logprobs is set here when asked for and no token was
-    generated (max_tokens 0: scoring only).
+    generated (max_tokens 0: scoring only). stop_logprob: of the stop token, when logprobs were asked for.
     """
 
     row: int
@@ -119,6 +119,7 @@ class RowEnd(msgspec.Struct, frozen=True):
     retry_after: float | None = None
     stop_token: int | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    stop_logprob: TokenLogprob | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True):
