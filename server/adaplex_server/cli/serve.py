@@ -1,13 +1,24 @@
-"""`adaplex serve`: builds the parts from the settings and runs them until a signal."""
+"""`adaplex serve`: builds the parts from the settings and runs them until a signal: the server's composition root."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import os
+import signal
+import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from adaplex_adapters.errors import AdaplexError
 from adaplex_server.cli.options import with_settings
-from adaplex_server.settings import load_settings
+from adaplex_server.cli.progress import StartupProgress
+from adaplex_server.settings import ServerSettings, host_and_port, load_settings
+
+log = logging.getLogger("adaplex")
+READY_POLL_SECONDS = 0.5
 
 
 def _serve(config: Path | None, flags: dict[str, Any]) -> None:
@@ -28,7 +39,105 @@ def _serve(config: Path | None, flags: dict[str, Any]) -> None:
       ADAPLEX_MAX_ROWS=128 adaplex serve --config adaplex.toml
     """
     settings = load_settings(config, os.environ, flags)
-    print(settings)
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    asyncio.run(run_server(settings))
 
 
 serve = with_settings(_serve)
+
+
+async def run_server(settings: ServerSettings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises StartupError before anything is answered.
+
+    Both ports are bound first, so that a port in use is told at once and not after the base was loaded.
+    """
+    from adaplex_server.cli.parts import service_settings
+    from adaplex_server.grpc_api.server import GrpcServer
+    from adaplex_server.http_api.server import HttpServer, bind
+    from adaplex_server.service.service import Service
+
+    http_socket = bind(*host_and_port(settings.http, "http"))
+    with StartupProgress() as progress, contextlib.closing(http_socket):
+        built = service_settings(settings, progress.report)
+        service = Service(built, progress.report)
+        grpc_server = None if settings.grpc == "off" else GrpcServer(service, *host_and_port(settings.grpc, "grpc"))
+        http_server = HttpServer(service, http_socket)
+        async with _stop_signal() as stopped:
+            serving = asyncio.create_task(http_server.run())
+            if grpc_server:
+                await grpc_server.start()
+            starting = asyncio.create_task(_start(service, settings))
+            try:
+                await asyncio.wait({starting, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+                if starting.done():
+                    starting.result()
+                    progress.finish(_welcome(settings, service))
+                    await _run_until_stopped(service, grpc_server, stopped, serving)
+            finally:
+                starting.cancel()
+                await _shut_down(service, http_server, grpc_server, serving, settings.drain_seconds)
+
+
+async def _start(service: Any, settings: ServerSettings) -> None:
+    """Load the base, and register the demo adapters where nothing else was asked for."""
+    from adaplex_server.cli.demo import demo_adapters
+
+    await service.start()
+    if settings.base is None and settings.adapters is None:
+        for name, folder in demo_adapters().items():
+            try:
+                await service.registry.load_folder(name, folder)
+            except AdaplexError as error:
+                log.error("demo adapter %s is not served: %s", name, error.message)
+
+
+async def _run_until_stopped(service: Any, grpc_server: Any, stopped: asyncio.Future, serving: asyncio.Task) -> None:
+    """Wait for a signal or the end of the HTTP server, keeping gRPC's health in step with the service's readiness."""
+    shown = None
+    while not (stopped.done() or serving.done()):
+        ready = service.info().ready
+        if grpc_server and ready != shown:
+            await grpc_server.set_ready(ready)
+            shown = ready
+        await asyncio.wait({stopped, serving}, timeout=READY_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _shut_down(service: Any, http_server: Any, grpc_server: Any, serving: asyncio.Task, grace: float) -> None:
+    """Drain: refuse new work with a retry hint, finish what runs, then close both listeners and the engine."""
+    if grpc_server:
+        await grpc_server.set_ready(False)
+    await service.drain(grace)
+    http_server.stop()
+    if grpc_server:
+        await grpc_server.stop(1.0)
+    await asyncio.gather(serving, return_exceptions=True)
+    await service.close()
+
+
+@contextlib.asynccontextmanager
+async def _stop_signal() -> AsyncIterator[asyncio.Future]:
+    """A future that SIGTERM or SIGINT completes; a second signal ends the process at once, as people expect."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[None] = loop.create_future()
+
+    def on_signal() -> None:
+        if stopped.done():
+            os._exit(130)
+        stopped.set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stopped
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _welcome(settings: ServerSettings, service: Any) -> str:
+    names = ", ".join(a.name for a in service.registry.list()) or "none yet"
+    grpc_line = "" if settings.grpc == "off" else f"\n  gRPC      {settings.grpc}"
+    return f"Serving {service.info().base}\n  adapters  {names}\n  HTTP      http://{settings.http}/v1{grpc_line}"

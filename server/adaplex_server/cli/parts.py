@@ -1,0 +1,62 @@
+"""From the user's settings to what each part is built from. Translates; creates the data folder and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from adaplex_adapters.errors import StartupError
+from adaplex_server.bases.locate import locate_base
+from adaplex_server.engine.settings import EngineSettings
+from adaplex_server.service.settings import ServiceSettings
+from adaplex_server.settings import ServerSettings
+
+
+def data_folder(settings: ServerSettings, base_name: str) -> Path:
+    """Adapters of one base never show up under another: each base has its own folder in the data folder."""
+    return settings.data_dir / base_name
+
+
+def service_settings(settings: ServerSettings, progress: Callable[[str, float], None]) -> ServiceSettings:
+    """Find (and on first use make) the base, and translate. Raises StartupError."""
+    base = locate_base(settings.base, progress)
+    name = settings.served_name or base.name
+    folder = data_folder(settings, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(f"the data folder {folder} cannot be made: {error.strerror}; set --data-dir") from error
+    if settings.adapters is not None and not settings.adapters.is_dir():
+        raise StartupError(f"the adapter folder {settings.adapters} is not a folder; set --adapters", param="adapters")
+    return ServiceSettings(
+        data_dir=folder,
+        engine=engine_settings(settings, base.folder, name, folder),
+        adapters_dir=settings.adapters,
+        drain_seconds=settings.drain_seconds,
+        adapter_labels=settings.adapter_labels,
+    )
+
+
+def engine_settings(settings: ServerSettings, base: Path, name: str, folder: Path) -> EngineSettings:
+    """What the engine process is told."""
+    return EngineSettings(
+        base=str(base),
+        store=str(folder / "adapters"),
+        base_name=name,
+        quantize=settings.quantize,
+        double_quant=settings.double_quant,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_rows=settings.max_rows,
+        max_waiting=settings.max_waiting,
+        max_step_tokens=settings.max_step_tokens,
+        max_context=settings.max_context,
+        page_size=settings.page_size,
+        kv_bytes=settings.kv_memory,
+        adapter_bytes=settings.adapter_memory,
+        host_adapter_bytes=settings.host_adapter_memory,
+        max_slots=settings.max_slots,
+        max_rank=settings.max_rank,
+        prefix_cache=settings.prefix_cache,
+        threads=settings.threads,
+    )

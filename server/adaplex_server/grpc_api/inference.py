@@ -1,0 +1,96 @@
+"""`adaplex.v1.Inference`: generation as a stream, and the list of models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc
+
+from adaplex_adapters.errors import InvalidRequest
+from adaplex_proto.v1 import adaplex_pb2 as pb
+from adaplex_proto.v1 import adaplex_pb2_grpc as pb_grpc
+from adaplex_server.grpc_api.errors import streaming, unary
+from adaplex_server.grpc_api.translate import event_message
+from adaplex_server.service.limits import SamplingRequest
+from adaplex_server.service.service import Service
+
+OPTIONAL_FIELDS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logprobs",
+    "prompt_logprobs",
+)
+
+
+class InferenceServicer(pb_grpc.InferenceServicer):
+    """Owns nothing; every rule is the service's."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    @streaming
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Closing the inner generator (the client cancelled, or its deadline passed) cancels the rows at once."""
+        wanted = self._service.request(
+            model=request.model,
+            prompt=await self._prompt(request),
+            sampling=sampling_request(request),
+            request_id=request.request_id or None,
+            deadline=context.time_remaining(),
+        )
+        async with aclosing(self._service.generate(wanted)) as events:
+            async for event in events:
+                yield event_message(event)
+
+    @unary
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListModelsResponse:
+        info = self._service.info()
+        max_context = info.engine.max_context if info.engine else 0
+        adapters = [a.name for a in self._service.registry.list() if a.servable]
+        return pb.ListModelsResponse(
+            models=[
+                pb.Model(name=info.base, max_context=max_context),
+                *(pb.Model(name=name, parent=info.base, max_context=max_context) for name in adapters),
+            ]
+        )
+
+    async def _prompt(self, request: pb.GenerateRequest) -> tuple[int, ...]:
+        match request.WhichOneof("prompt"):
+            case "text":
+                return await self._service.encode(request.text)
+            case "token_ids":
+                return tuple(request.token_ids.ids)
+            case "chat":
+                return await self._service.chat(
+                    [{"role": message.role, "content": message.content} for message in request.chat.messages]
+                )
+        raise InvalidRequest("one of text, token_ids and chat must be set", param="prompt")
+
+
+def sampling_request(request: pb.GenerateRequest) -> SamplingRequest:
+    """What the client wrote about sampling; fields that it left out stay None."""
+    sampling = request.sampling
+    given = {name: getattr(sampling, name) for name in OPTIONAL_FIELDS if sampling.HasField(name)}
+    return SamplingRequest(
+        **given,
+        logit_bias=dict(sampling.logit_bias) or None,
+        stop_token_ids=tuple(sampling.stop_token_ids) or None,
+        ignore_eos=sampling.ignore_eos,
+        stop=tuple(request.stop) or None,
+        include_stop=request.include_stop,
+        n=request.n or None,
+        priority=request.priority,
+    )
