@@ -5,13 +5,34 @@ How a linear's weight is kept (dense, NF4, GPTQ) is its own business (`model.for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
+from adaplex_adapters.errors import StartupError
 
+from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.config import ModelConfig
+from adaplex_server.model.families import FAMILIES, linear_targets, module_paths, norm_path
+from adaplex_server.model.formats.parts import (
+    Module,
+    Place,
+    ReadWeight,
+    join,
+    quantizing,
+    read_bitsandbytes,
+    read_dense,
+)
 from adaplex_server.model.linear import Linear
+
+Progress = Callable[[str, float], None]
+
+# Buffers that older checkpoints carry and that follow from the config; everything else must be read.
+_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -68,3 +89,134 @@ class Base:
         """Bytes of memory that stay taken for the weights, a tied head counted once."""
         head = 0 if self.head is self.embedding else self.head.nbytes
         return self.embedding.nbytes + head + self.final_norm.nbytes() + sum(layer.nbytes() for layer in self.layers)
+
+
+@torch.no_grad()
+def load_base(
+    folder: Path,
+    *,
+    config: ModelConfig,
+    quantize: Literal["nf4", "none"],
+    double_quant: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Base:
+    """Read the base in `folder` to `device`, tensor by tensor: the peak is the result and one fused linear.
+
+    quantize and double_quant say what becomes of a dense checkpoint; one that is quantized already is kept as it is. dtype: of the activations, norms, biases,
+    embedding and head. progress is told what is done and how far it is (0..1).
+
+    Raises StartupError if the format is not supported, or a tensor is missing, of another shape or left over.
+    """
+    name, read = choose_format(folder, config, quantize, double_quant)
+    place = Place(dtype, device)
+    tell = progress or (lambda text, fraction: None)
+    with Checkpoint(folder) as checkpoint:
+        family = FAMILIES[config.family]
+        table = (config.vocab_size, config.hidden_size)
+        embedding = read_dense(checkpoint, Module(family.embedding, *table), place)
+        layers: list[LayerWeights] = []
+        for layer in range(config.num_layers):
+            tell(f"loading {config.name}", layer / config.num_layers)
+            layers.append(_read_layer(checkpoint, config, layer, read, place))
+        final_norm = _read_norm(checkpoint, family.final_norm, config.hidden_size, config, place)
+        head = embedding if config.tied_head else _read_head(checkpoint, Module(family.head, *table), read, place)
+        _refuse_leftovers(checkpoint, config)
+    tell(f"loading {config.name}", 1.0)
+    return Base(config, embedding, tuple(layers), final_norm, head, name)
+
+
+def choose_format(folder: Path, config: ModelConfig, quantize: str, double_quant: bool) -> tuple[str, ReadWeight]:
+    """The format's name and how to read a weight in it, from what the checkpoint's own config says."""
+    given = config.quantization or _quantize_config(folder)
+    if given is None:
+        if quantize == "none":
+            return "none", read_dense
+        return ("nf4-double" if double_quant else "nf4"), quantizing(double_quant)
+    method = given.get("quant_method", "bitsandbytes" if given.get("load_in_4bit") else None)
+    if method == "bitsandbytes":
+        kind = given.get("bnb_4bit_quant_type", "fp4")
+        if not given.get("load_in_4bit", given.get("_load_in_4bit")) or kind != "nf4":
+            what = f"4-bit {kind}" if given.get("load_in_4bit") else "8-bit"
+            raise StartupError(
+                f"the checkpoint is bitsandbytes {what}; of bitsandbytes' formats only 4-bit nf4 is read"
+            )
+        return ("nf4-double" if given.get("bnb_4bit_use_double_quant") else "nf4"), read_bitsandbytes
+    raise StartupError(
+        f"the checkpoint's quant_method {method!r} is not supported; use bitsandbytes (nf4), gptq or none"
+    )
+
+
+def _quantize_config(folder: Path) -> dict[str, Any] | None:
+    """AutoGPTQ's own file, for checkpoints whose config.json says nothing."""
+    path = folder / "quantize_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StartupError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise StartupError(f"cannot read {path}: it holds {type(found).__name__}, not an object")
+    return {"quant_method": "gptq", **found}
+
+
+def _read_layer(
+    checkpoint: Checkpoint, config: ModelConfig, layer: int, read: ReadWeight, place: Place
+) -> LayerWeights:
+    family = FAMILIES[config.family]
+    widths = {"q": config.head_dim, "k": config.head_dim}
+    norms = {
+        norm: _read_norm(
+            checkpoint, norm_path(config, layer, norm), widths.get(norm, config.hidden_size), config, place
+        )
+        for norm in family.norms
+    }
+    linears: dict[str, Linear] = {}
+    for linear, targets in linear_targets(config).items():
+        modules = [
+            Module(path, end - begin, targets.in_features)
+            for path, (begin, end) in zip(module_paths(config, layer, linear), targets.spans, strict=True)
+        ]
+        biases = [_read_bias(checkpoint, module, linear in config.biased_linears, place) for module in modules]
+        linears[linear] = join([read(checkpoint, module, place) for module in modules], biases, place)
+    return LayerWeights(MappingProxyType(norms), MappingProxyType(linears))
+
+
+def _read_norm(checkpoint: Checkpoint, path: str, width: int, config: ModelConfig, place: Place) -> NormWeights:
+    def read(parameter: str) -> torch.Tensor:
+        return checkpoint.read(f"{path}.{parameter}", (width,)).to(place.device, place.dtype, copy=True)
+
+    return NormWeights(read("weight"), read("bias") if FAMILIES[config.family].norm == "layer" else None)
+
+
+def _read_bias(checkpoint: Checkpoint, module: Module, wanted: bool, place: Place) -> torch.Tensor | None:
+    """Writers of GPTQ checkpoints add zeros as the bias of linears that have none: those count as left out."""
+    name = f"{module.path}.bias"
+    if not wanted and name not in checkpoint:
+        return None
+    found = checkpoint.read(name, (module.out_features,))
+    if not wanted and bool(found.any()):
+        raise StartupError(f"the checkpoint has {name}, a bias that its config.json does not mention")
+    return found.to(place.device, place.dtype, copy=True) if wanted else None
+
+
+def _read_head(checkpoint: Checkpoint, module: Module, read: ReadWeight, place: Place) -> torch.Tensor:
+    """The head is kept dense; in a checkpoint that has it quantized it is dequantized once."""
+    if f"{module.path}.weight" in checkpoint and not checkpoint.names_below(f"{module.path}.weight."):
+        return read_dense(checkpoint, module, place)
+    return join([read(checkpoint, module, place)], [None], place).dequantized().to(place.dtype)
+
+
+def _refuse_leftovers(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    known = f"{FAMILIES[config.family].head}." if config.tied_head else None
+    left = [
+        name
+        for name in checkpoint.unread()
+        if not name.endswith(_DERIVED) and not (known is not None and name.startswith(known))
+    ]
+    if left:
+        raise StartupError(
+            f"the checkpoint has {len(left)} tensors that a {config.family} model has no use for, {left[0]} the first"
+        )

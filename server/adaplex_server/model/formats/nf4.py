@@ -1,0 +1,159 @@
+"""Linears in NF4: which implementation multiplies, and how bitsandbytes lays them down in a checkpoint.
+
+Source of the serialized form: bitsandbytes' `QuantState.as_dict(packed=True)`, as transformers saves it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from adaplex_adapters.errors import StartupError
+
+from adaplex_server.kernels import dense, nf4, nf4_cpu
+from adaplex_server.model.checkpoint import Checkpoint
+from adaplex_server.model.linear import Linear
+
+STATE = "quant_state.bitsandbytes__nf4"
+
+
+@dataclass(frozen=True)
+class Nf4Linear:
+    """Multiplies with `kernels.nf4.linear`. bias: [out_features] or None."""
+
+    weight: nf4.Nf4Weight
+    bias: torch.Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.out_features
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return nf4.linear(x, self.weight, self.bias)
+
+    def dequantized(self) -> torch.Tensor:
+        return nf4.dequantize(self.weight)
+
+    def nbytes(self) -> int:
+        return self.weight.nbytes() + (self.bias.nbytes if self.bias is not None else 0)
+
+
+@dataclass(frozen=True)
+class PackedNf4Linear:
+    """Multiplies bfloat16 with bitsandbytes' CPU library. absmax: the exact one, which `dequantized` needs. bias: [out_features] or None."""
+
+    packed: nf4_cpu.PackedNf4
+    absmax: torch.Tensor | nf4.NestedAbsmax
+    multiply: nf4_cpu.Multiply
+    bias: torch.Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.packed.absmax.shape[0] * nf4.BLOCK
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.absmax.shape[1]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = nf4_cpu.matmul(x, self.packed, self.multiply)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def dequantized(self) -> torch.Tensor:
+        return nf4.dequantize(nf4_cpu.unpack(self.packed, self.absmax))
+
+    def nbytes(self) -> int:
+        exact = self.absmax.nbytes() if isinstance(self.absmax, nf4.NestedAbsmax) else self.absmax.nbytes
+        bias = self.bias.nbytes if self.bias is not None else 0
+        return self.packed.codes.nbytes + self.packed.absmax.nbytes + exact + bias
+
+
+def nf4_linear(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+    """The fastest implementation for where the weight is and for activations of `dtype`."""
+    if dtype == torch.bfloat16 and nf4_cpu.fits(weight):
+        multiply = nf4_cpu.library()
+        if multiply is not None:
+            return PackedNf4Linear(nf4_cpu.pack(weight), weight.absmax, multiply, bias)
+    return Nf4Linear(nf4.repack(weight), bias)
+
+
+def is_nf4(checkpoint: Checkpoint, path: str) -> bool:
+    """Whether the module's weight is in bitsandbytes' NF4 form; another 4-bit type is refused."""
+    states = checkpoint.names_below(f"{path}.weight.quant_state.")
+    if states and states != (f"{path}.weight.{STATE}",):
+        raise StartupError(f"{states[0]}: only NF4 is supported of bitsandbytes' 4-bit types")
+    return bool(states)
+
+
+def read_nf4(checkpoint: Checkpoint, path: str, rows: int, columns: int, device: torch.device) -> nf4.Nf4Weight:
+    """One module's weight [rows, columns] as bitsandbytes saved it, with or without double quantization."""
+    name = f"{path}.weight"
+    state = _state(checkpoint.read(f"{name}.{STATE}"), name)
+    if state.get("blocksize") != nf4.BLOCK or tuple(state.get("shape") or ()) != (rows, columns):
+        raise StartupError(
+            f"{name} is NF4 of shape {state.get('shape')} in blocks of {state.get('blocksize')}; "
+            f"expected {[rows, columns]} in blocks of {nf4.BLOCK}"
+        )
+    table = checkpoint.read(f"{name}.quant_map", (16,))
+    if not torch.equal(table, nf4.nf4_code(table.device)):
+        raise StartupError(f"{name}.quant_map is not NF4's table of values")
+    # quant_storage may be another type than uint8; the bytes are the same.
+    codes = checkpoint.read(name).view(torch.uint8).reshape(-1)
+    blocks = -(-rows * columns // nf4.BLOCK)
+    absmax = checkpoint.read(f"{name}.absmax", (blocks,))
+    if codes.numel() != -(-rows * columns // 2):
+        raise StartupError(f"{name} holds {codes.numel()} bytes of codes, not {-(-rows * columns // 2)}")
+    codes = codes.to(device, copy=True)
+    if f"{name}.nested_absmax" not in checkpoint:
+        return nf4.Nf4Weight(rows, columns, codes, absmax.to(device, torch.float32, copy=True))
+    if state.get("nested_blocksize") != nf4.GROUP:
+        raise StartupError(f"{name}: absmax in groups of {state.get('nested_blocksize')}; only 256 is supported")
+    table = checkpoint.read(f"{name}.nested_quant_map", (256,)).to(device, torch.float32, copy=True)
+    scales = checkpoint.read(f"{name}.nested_absmax", (-(-blocks // nf4.GROUP),))
+    scales = scales.to(device, torch.float32, copy=True)
+    offset = torch.tensor(float(state["nested_offset"]), device=device)
+    aligned = columns % nf4.BLOCK == 0
+    nested = nf4.nested(absmax.to(device, copy=True).view(rows if aligned else 1, -1), table, scales, offset)
+    return nf4.Nf4Weight(rows, columns, codes, nested if aligned else nested.dequantized().view(-1))
+
+
+def serialized(name: str, weight: nf4.Nf4Weight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a weight that was quantized alone, as bitsandbytes saves them. name: of the parameter; dtype: what the weight was before."""
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": nf4.BLOCK,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [weight.out_features, weight.in_features],
+    }
+    tensors = {name: weight.codes.view(-1, 1), f"{name}.quant_map": nf4.nf4_code(weight.codes.device).clone()}
+    absmax = weight.absmax
+    if isinstance(absmax, nf4.NestedAbsmax):
+        assert bool((absmax.row_offset == absmax.row_offset[0]).all())
+        state |= {
+            "nested_blocksize": nf4.GROUP,
+            "nested_dtype": "float32",
+            "nested_offset": float(absmax.row_offset[0]),
+        }
+        tensors[f"{name}.nested_absmax"] = absmax.scales
+        tensors[f"{name}.nested_quant_map"] = absmax.table.clone()
+        absmax = absmax.codes.view(-1)
+    tensors[f"{name}.absmax"] = absmax
+    tensors[f"{name}.{STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors
+
+
+def _state(packed: torch.Tensor, name: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(bytes(packed.tolist()))
+    except (ValueError, TypeError) as error:
+        raise StartupError(f"{name}.{STATE} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise StartupError(f"{name}.{STATE} holds {type(found).__name__}, not an object")
+    return found
