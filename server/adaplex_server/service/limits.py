@@ -5,7 +5,6 @@ Both skins build their requests through it.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ MAX_STOP_CHARS_TOGETHER = 8192
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_PROMPT_CHARS = 4_000_000
+MAX_MESSAGES = 10_000
 SEED_SPACE = 1 << 63
 
 
@@ -70,8 +70,8 @@ class Sampling:
 def _real(name: str, value: float | None, default: float, low: float, high: float, *, open_low: bool = False) -> float:
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequest(f"{name} must be a finite number, got {value!r:.40}", param=name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
+        raise InvalidRequest(f"{name} must be a number, got {value!r:.40}", param=name)
     if value < low or value > high or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise InvalidRequest(f"{name} must lie in {bracket}{low:g}, {high:g}], got {value!r:.40}", param=name)
@@ -149,8 +149,8 @@ def resolve_max_tokens(wish: SamplingRequest, prompt_tokens: int, max_context: i
         raise InvalidRequest(f"max_tokens must be {least}, got {asked!r:.40}", param="max_tokens")
     if asked > left:
         raise PromptTooLong(
-            f"the context holds {max_context} tokens, but {prompt_tokens} of the prompt and {asked:.4g} of max_tokens "
-            f"were asked for; send max_tokens of at most {max(left, 0)} or a shorter prompt",
+            f"the context holds {max_context} tokens, but {prompt_tokens} of the prompt and {asked!r:.40} of "
+            f"max_tokens were asked for; send max_tokens of at most {max(left, 0)} or a shorter prompt",
             param="max_tokens" if left > 0 else "prompt",
         )
     return asked
