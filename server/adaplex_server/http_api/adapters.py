@@ -1,0 +1,122 @@
+"""/v1/adapters: upload, list, describe, delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from adaplex_adapters.names import check_name
+from adaplex_server.http_api.context import context_of
+from adaplex_server.http_api.operation import Operation, json_response
+from adaplex_server.http_api.schemas.inventory import Adapter, AdapterDeleted, AdapterList
+from adaplex_server.http_api.settings import HttpSettings
+from adaplex_server.http_api.upload import receive_upload
+from adaplex_server.service.service import Service
+from adaplex_server.service.types import AdapterInfo
+
+_UPLOAD: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["name", "files"],
+                "properties": {
+                    "name": {"type": "string", "description": "What requests will call it."},
+                    "files": {
+                        "type": "array",
+                        "items": {"type": "string", "contentMediaType": "application/octet-stream"},
+                        "description": "The files of a PEFT folder, or one archive of it (zip, tar, tar.gz).",
+                    },
+                },
+            }
+        }
+    },
+}
+
+
+class Adapters:
+    """The registered adapters, as resources."""
+
+    def __init__(self, service: Service, settings: HttpSettings) -> None:
+        self._service = service
+        self._settings = settings
+
+    def operations(self) -> tuple[Operation, ...]:
+        """What is served here."""
+        many, one = "/v1/adapters", "/v1/adapters/{name:path}"
+        return (
+            Operation(method="GET", path=many, handler=self.list_all, summary="List adapters", answer=AdapterList),
+            Operation(
+                method="POST",
+                path=many,
+                handler=self.upload,
+                summary="Upload an adapter, or a new revision of one",
+                body=_UPLOAD,
+                answer=Adapter,
+                status=201,
+                errors=(400, 409, 413, 503, 507),
+            ),
+            Operation(
+                method="GET",
+                path=one,
+                handler=self.describe,
+                summary="Describe an adapter",
+                answer=Adapter,
+                errors=(404,),
+            ),
+            Operation(
+                method="DELETE",
+                path=one,
+                handler=self.delete,
+                summary="Unload and forget an adapter",
+                answer=AdapterDeleted,
+                errors=(404, 409),
+            ),
+        )
+
+    async def list_all(self, request: Request) -> Response:
+        """All of them, those that cannot be served now included."""
+        return json_response(AdapterList([_told(one) for one in self._service.registry.list()]))
+
+    async def describe(self, request: Request) -> Response:
+        """One of them."""
+        return json_response(_told(self._service.registry.describe(request.path_params["name"])))
+
+    async def upload(self, request: Request) -> Response:
+        """Answered when the adapter is proved and durable; once all bytes are here, a client that leaves changes nothing."""
+        registry = self._service.registry
+        with registry.staging() as staging:
+            received = await receive_upload(request, staging, self._settings)
+            context_of(request.scope).model = received.name
+            check_name(received.name)
+            info = await registry.upload(received.name, received.folder)
+        response = json_response(_told(info), 201)
+        response.headers["Location"] = f"/v1/adapters/{info.name}"
+        return response
+
+    async def delete(self, request: Request) -> Response:
+        """Answered when no later request can reach it and nothing of it would come back after a restart."""
+        name = request.path_params["name"]
+        await self._service.registry.unload(name)
+        return json_response(AdapterDeleted(name))
+
+
+def _told(info: AdapterInfo) -> Adapter:
+    return Adapter(
+        name=info.name,
+        revision=info.revision,
+        kind=info.kind,
+        rank=info.rank,
+        targets=list(info.targets),
+        size=info.nbytes,
+        parameters=info.parameters,
+        base_model=info.base_model,
+        source=info.source,
+        created=int(info.created),
+        state=info.state,
+        running=info.running,
+        reason=info.reason,
+    )

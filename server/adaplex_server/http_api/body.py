@@ -1,0 +1,67 @@
+"""Reads a request's body within its limits, and parses JSON into a checked schema."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.types import Receive
+
+from adaplex_adapters.errors import Cancelled, InvalidRequest, RequestTooLarge
+from adaplex_server.http_api.refusals import refusal
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def body_chunks(receive: Receive, idle: float) -> AsyncIterator[bytes]:
+    """The body as it arrives. Raises Cancelled if the client leaves, InvalidRequest after `idle` silent seconds."""
+    while True:
+        try:
+            async with asyncio.timeout(idle):
+                message = await receive()
+        except TimeoutError:
+            raise InvalidRequest(f"The body stopped arriving for {idle:g} seconds; send it without pauses.") from None
+        if message["type"] == "http.disconnect":
+            raise Cancelled("The client went away while sending the body.")
+        if message.get("body"):
+            yield message["body"]
+        if not message.get("more_body", False):
+            return
+
+
+async def read_body(request: Request, limit: int, idle: float) -> bytes:
+    """The whole body; RequestTooLarge as soon as it is known to be over `limit` bytes, chunked or not."""
+    too_large = RequestTooLarge(f"The body is larger than {limit} bytes, which is the most this server takes.")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    async for chunk in body_chunks(request.receive, idle):
+        body += chunk
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A JSON object. NaN, 1e999, lone surrogates, bad UTF-8 and deep nesting are refused by the parser itself."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    return value
+
+
+async def read_model(request: Request, schema: type[Model], limit: int, idle: float) -> Model:
+    """The body, checked against `schema`; InvalidRequest names the first field that is wrong."""
+    value = parse_json(await read_body(request, limit, idle))
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        raise refusal(error, schema) from None

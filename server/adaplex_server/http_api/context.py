@@ -1,0 +1,38 @@
+"""What is known of one HTTP request besides its body: its id and what the access log will say of it."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.types import Scope
+
+_KEY = "adaplex.request"
+_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+@dataclass
+class RequestContext:
+    """Owned by the envelope, which made it; routes may only name the `model` and the `outcome` for the log."""
+
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    model: str | None = None
+    outcome: str | None = None
+
+
+def open_context(scope: Scope) -> RequestContext:
+    """Put a new context into the scope. A client's own X-Request-Id is kept if it is harmless in headers and logs."""
+    sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+    context = RequestContext(request_id=sent if _SANE_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}")
+    scope[_KEY] = context
+    return context
+
+
+def context_of(scope: Scope) -> RequestContext:
+    """The context of this request."""
+    context = scope[_KEY]
+    assert isinstance(context, RequestContext)
+    return context

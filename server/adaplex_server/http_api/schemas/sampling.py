@@ -1,0 +1,88 @@
+"""The fields that both completions endpoints share, as OpenAI names them, with vLLM's common extras."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from adaplex_server.http_api.schemas.fields import LogitBias, Only, RequestModel, Stop, StreamOptions, TokenIds
+from adaplex_server.service.limits import SamplingRequest
+
+
+class SamplingFields(RequestModel):
+    """Ranges are checked in `service.limits`, for HTTP and gRPC alike; here only types are."""
+
+    model: str = Field(description="The base, or the adapter that is to answer.", max_length=1000)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: LogitBias = None
+    stop: Stop = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = Field(None, description="Also answer with the token ids of prompt and text.")
+    priority: int | None = Field(None, description="Lower is served first.")
+
+    # Who asks and why: these change nothing about the answer.
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = Field(None, description="A hint; the prefix cache finds equal beginnings by itself.")
+    service_tier: Literal["auto", "default"] | None = None
+
+    store: Annotated[Any, Only(False)] = None
+    skip_special_tokens: Annotated[Any, Only(True)] = None
+    spaces_between_special_tokens: Annotated[Any, Only(True)] = None
+    truncate_prompt_tokens: Annotated[Any, Only()] = None
+    response_format: Annotated[Any, Only({"type": "text"})] = None
+    use_beam_search: Annotated[Any, Only(False)] = None
+    length_penalty: Annotated[Any, Only(1.0, 1)] = None
+    structured_outputs: Annotated[Any, Only()] = None
+    guided_json: Annotated[Any, Only()] = None
+    guided_regex: Annotated[Any, Only()] = None
+    guided_choice: Annotated[Any, Only()] = None
+    guided_grammar: Annotated[Any, Only()] = None
+    logits_processors: Annotated[Any, Only([])] = None
+    bad_words: Annotated[Any, Only([])] = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None, **more: Any) -> SamplingRequest:
+        """The same wishes in the service's words, untouched."""
+        wishes = {
+            "max_tokens": max_tokens,
+            "min_tokens": self.min_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
+            "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "include_stop": bool(self.include_stop_str_in_output),
+            "ignore_eos": bool(self.ignore_eos),
+            "n": self.n,
+            "logprobs": logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
+            "priority": self.priority,
+        }
+        return SamplingRequest(**{**wishes, **more})
