@@ -56,7 +56,9 @@ def _make(target: Path, make: Callable[[Path], None]) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by this process until the end of the block, or its death. The file itself stays: removing it would let two in."""
+    """Held by this process until the end of the block, or its death. The file itself stays: removing it would let
+    two in.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

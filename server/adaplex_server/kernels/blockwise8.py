@@ -1,8 +1,9 @@
 """The 8-bit dynamic code in which double quantization keeps the absmax of NF4 blocks.
 
-Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861); the rounding follows the CPU code of bitsandbytes 0.50
-bit for bit: a value is first rounded to one of 65536 steps over [-1, 1], and the step decides the code. The same rule is used on every
-device, so that a base has the same bits wherever it was quantized (bitsandbytes' CUDA code picks the neighbour in about 1 of 700 values).
+Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861); the rounding follows the
+CPU code of bitsandbytes 0.50 bit for bit: a value is first rounded to one of 65536 steps over [-1, 1], and the step
+decides the code. The same rule is used on every device, so that a base has the same bits wherever it was quantized
+(bitsandbytes' CUDA code picks the neighbour in about 1 of 700 values).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _CHUNK = 1 << 22
 def dynamic_code(device: torch.device) -> torch.Tensor:
     """The 256 values of the code in ascending order, float32 on `device`; callers never write to it.
 
-    Seven decades, each with twice as many values as the one below it (the midpoints of equal intervals of [0.1, 1] times the decade), both
-    signs, zero, and 1.
+    Seven decades, each with twice as many values as the one below it (the midpoints of equal intervals of [0.1, 1]
+    times the decade), both signs, zero, and 1.
     """
     values: list[float] = [0.0, 1.0]
     for decade in range(7):
@@ -41,7 +42,9 @@ def _code_of_step(device: torch.device) -> torch.Tensor:
 
 
 def quantize_dynamic8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """values: [n] float32. Returns codes [n] uint8 and scales [ceil(n / 256)] float32, the largest magnitude of each group."""
+    """values: [n] float32. Returns codes [n] uint8 and scales [ceil(n / 256)] float32, the largest magnitude of each
+    group.
+    """
     codes = torch.empty(values.numel(), dtype=torch.uint8, device=values.device)
     scales = torch.empty(-(-values.numel() // GROUP), dtype=torch.float32, device=values.device)
     table = _code_of_step(values.device)

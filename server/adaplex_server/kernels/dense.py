@@ -1,8 +1,8 @@
 """Dense linears whose rows do not depend on how many rows there are.
 
-A BLAS picks its way of summing by the number of rows; on CPUs with MKL and oneDNN the ways for few rows differ from the others in the last
-bits. Padding to a multiple of eight rows (float32) or to two rows (the 16-bit types) keeps to one way, so that each row's sums depend on its
-own input and on the weight's shape alone.
+A BLAS picks its way of summing by the number of rows; on CPUs with MKL and oneDNN the ways for few rows differ from
+the others in the last bits. Padding to a multiple of eight rows (float32) or to two rows (the 16-bit types) keeps to
+one way, so that each row's sums depend on its own input and on the weight's shape alone.
 """
 
 from __future__ import annotations

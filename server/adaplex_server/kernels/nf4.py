@@ -1,9 +1,11 @@
-"""NF4: four bits a weight in blocks of 64, each with its largest magnitude (absmax), which double quantization keeps in eight bits.
+"""NF4: four bits a weight in blocks of 64, each with its largest magnitude (absmax), which double quantization keeps
+in eight bits.
 
     weight[n, k] = NF4[code[n, k]] * absmax[(n * K + k) // 64]
 
-Source: Dettmers et al., "QLoRA" (arXiv 2305.14314). Codes, absmax and dequantized values equal those of bitsandbytes 0.50 bit for bit. Two codes share a byte,
-the earlier one in the upper half. This module owns the layout that checkpoints have and the plain-torch reference; `kernels.nf4_cpu` multiplies on CPUs.
+Source: Dettmers et al., "QLoRA" (arXiv 2305.14314). Codes, absmax and dequantized values equal those of bitsandbytes
+0.50 bit for bit. Two codes share a byte, the earlier one in the upper half. This module owns the layout that
+checkpoints have and the plain-torch reference; `kernels.nf4_cpu` multiplies on CPUs.
 
 Notation: N out-features, K in-features, B = K / 64 blocks a row.
 """
@@ -49,7 +51,9 @@ def nf4_code(device: torch.device) -> torch.Tensor:
 
 @cache
 def _pair_table(device: torch.device) -> torch.Tensor:
-    """[256] float64 that holds in its bits the two float32 values which a byte of codes stands for: one gather yields both."""
+    """[256] float64 that holds in its bits the two float32 values which a byte of codes stands for: one gather
+    yields both.
+    """
     code = nf4_code(device)
     byte = torch.arange(256, device=device)
     return torch.stack([code[byte >> 4], code[byte & 15]], dim=1).contiguous().view(torch.float64).view(-1)
@@ -61,8 +65,8 @@ class NestedAbsmax:
 
         absmax[n, b] = table[codes[n, b]] * scales[(row_start[n] + b) // 256] + row_offset[n]
 
-    codes: [N, B] uint8. table: [256] float32. scales: [groups] float32. row_start: [N] int32, the row's first block, where each fused weight begins at a
-    multiple of 256. row_offset: [N] float32, the mean that was taken off.
+    codes: [N, B] uint8. table: [256] float32. scales: [groups] float32. row_start: [N] int32, the row's first block,
+    where each fused weight begins at a multiple of 256. row_offset: [N] float32, the mean that was taken off.
     """
 
     codes: torch.Tensor
@@ -111,7 +115,9 @@ class Nf4Weight:
 
 
 def quantize_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [ceil(n / 2)] uint8 and absmax [ceil(n / 64)] float32 of a weight of n values (float32, bfloat16 or float16), in pieces of 4M values."""
+    """Codes [ceil(n / 2)] uint8 and absmax [ceil(n / 64)] float32 of a weight of n values (float32, bfloat16 or
+    float16), in pieces of 4M values.
+    """
     flat, device = weight.reshape(-1), weight.device
     values = nf4_code(device)
     bounds = (values[:-1] + values[1:]) / 2
@@ -134,7 +140,9 @@ def quantize_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def nest_absmax(absmax: torch.Tensor, rows: int) -> NestedAbsmax:
-    """Double quantization of the absmax [rows * B] of one weight: the mean taken off, then groups of 256 in eight bits."""
+    """Double quantization of the absmax [rows * B] of one weight: the mean taken off, then groups of 256 in eight
+    bits.
+    """
     offset = absmax.mean()
     codes, scales = quantize_dynamic8(absmax - offset)
     return nested(codes.view(rows, -1), dynamic_code(absmax.device), scales, offset)
@@ -155,12 +163,15 @@ def quantize(weight: torch.Tensor, *, double_quant: bool) -> Nf4Weight:
         return Nf4Weight(rows, columns, codes, absmax)
     if columns % BLOCK == 0:
         return Nf4Weight(rows, columns, codes, nest_absmax(absmax, rows))
-    # Blocks cross rows: rounded to eight bits as asked, but kept in float32, since such small or odd weights save nothing.
+    # Blocks cross rows: rounded to eight bits as asked, but kept in float32, since such small or odd weights save
+    # nothing.
     return Nf4Weight(rows, columns, codes, nest_absmax(absmax, 1).dequantized().view(-1))
 
 
 def fuse(weights: Sequence[Nf4Weight]) -> Nf4Weight:
-    """The row-aligned weights of one K stacked along out-features, exactly. Nested ones stay nested if all are, with the same table."""
+    """The row-aligned weights of one K stacked along out-features, exactly. Nested ones stay nested if all are, with
+    the same table.
+    """
     assert all(w.row_aligned and w.in_features == weights[0].in_features for w in weights)
     if len(weights) == 1:
         return weights[0]
@@ -207,5 +218,7 @@ def repack(weight: Nf4Weight) -> Nf4Weight:
 
 
 def linear(x: torch.Tensor, weight: Nf4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x: [M, K]. Returns [M, N] in x's dtype: the weight is rounded to x's dtype, as bitsandbytes does for many rows."""
+    """x: [M, K]. Returns [M, N] in x's dtype: the weight is rounded to x's dtype, as bitsandbytes does for many
+    rows.
+    """
     return dense.linear(x, dequantize(weight, x.dtype), bias)

@@ -1,10 +1,13 @@
-"""NF4 linears on CPUs with AVX512-BF16, through the C library that bitsandbytes ships (no import of bitsandbytes itself).
+"""NF4 linears on CPUs with AVX512-BF16, through the C library that bitsandbytes ships (no import of bitsandbytes
+itself).
 
-    out[m, n] = sum_k x[m, k] * NF4[code[n, k]] * absmax[n, k / 64], absmax rounded to bfloat16, sums in float32, out in bfloat16
+    out[m, n] = sum_k x[m, k] * NF4[code[n, k]] * absmax[n, k / 64], absmax rounded to bfloat16, sums in float32, out
+    in bfloat16
 
-The library wants its own order of codes: for 32 out-features at a time, the 32 bytes of two in-features each; in these bytes feature i's pair of codes
-are split between halves. A row of `out` depends on its row of x alone, whatever M is. Before it is used, the library multiplies a small
-weight and is compared with the reference, so that a release with another layout is turned down instead of believed.
+The library wants its own order of codes: for 32 out-features at a time, the 32 bytes of two in-features each; in
+these bytes feature i's pair of codes are split between halves. A row of `out` depends on its row of x alone,
+whatever M is. Before it is used, the library multiplies a small weight and is compared with the reference, so that a
+release with another layout is turned down instead of believed.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ Multiply = Callable[[int, int, int, int, int, int, int, int, int, int], None]
 
 @dataclass(frozen=True)
 class PackedNf4:
-    """codes: [N / 32, K / 2, 32] uint8 in the library's order. absmax: [K / 64, N] bfloat16. N % 32 == 0, K % 64 == 0."""
+    """codes: [N / 32, K / 2, 32] uint8 in the library's order. absmax: [K / 64, N] bfloat16. N % 32 == 0, K % 64 ==
+    0.
+    """
 
     codes: torch.Tensor
     absmax: torch.Tensor
@@ -80,7 +85,9 @@ def matmul(x: torch.Tensor, packed: PackedNf4, multiply: Multiply) -> torch.Tens
 
 @cache
 def library() -> Multiply | None:
-    """The library's multiplication, or None (with a line in the log) where there is none that computes what it should."""
+    """The library's multiplication, or None (with a line in the log) where there is none that computes what it
+    should.
+    """
     multiply = _open()
     if multiply is None:
         return None

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from adaplex_adapters.errors import StartupError
 
+from adaplex_adapters.errors import StartupError
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import FAMILIES, linear_targets, module_paths, norm_path
@@ -63,7 +63,8 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Base:
-    """embedding, head: [vocab_size, hidden_size] in the dtype of the activations; the same tensor where the head is tied.
+    """embedding, head: [vocab_size, hidden_size] in the dtype of the activations; the same tensor where the head is
+    tied.
 
     format: "none" (dense), "nf4", "nf4-double" or "gptq".
     """
@@ -104,8 +105,9 @@ def load_base(
 ) -> Base:
     """Read the base in `folder` to `device`, tensor by tensor: the peak is the result and one fused linear.
 
-    quantize and double_quant say what becomes of a dense checkpoint; one that is quantized already is kept as it is. dtype: of the activations, norms, biases,
-    embedding and head. progress is told what is done and how far it is (0..1).
+    quantize and double_quant say what becomes of a dense checkpoint; one that is quantized already is kept as it is.
+    dtype: of the activations, norms, biases, embedding and head. progress is told what is done and how far it is
+    (0..1).
 
     Raises StartupError if the format is not supported, or a tensor is missing, of another shape or left over.
     """

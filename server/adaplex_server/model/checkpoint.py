@@ -1,4 +1,5 @@
-"""The tensors of a model folder in Hugging Face layout, one at a time: model.safetensors, or shards listed in model.safetensors.index.json.
+"""The tensors of a model folder in Hugging Face layout, one at a time: model.safetensors, or shards listed in
+model.safetensors.index.json.
 
 Files stay mapped, not read: what was not asked for costs no memory. Owns nothing but the open files.
 """
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+
 from adaplex_adapters.errors import StartupError
 
 _SINGLE = "model.safetensors"

@@ -10,16 +10,22 @@ import torch
 class Linear(Protocol):
     """A frozen linear, perhaps several of a checkpoint's fused along out-features. Read-only after load.
 
-    A call maps x [T, in_features] to [T, out_features] in x's dtype, bias included. Each output row depends on its own input row only.
+    A call maps x [T, in_features] to [T, out_features] in x's dtype, bias included. Each output row depends on its
+    own input row only.
     """
 
-    in_features: int
-    out_features: int
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def dequantized(self) -> torch.Tensor:
-        """The weight [out_features, in_features] in float32, exactly the values that the reference library would multiply with in float32."""
+        """The weight [out_features, in_features] in float32, exactly the values that the reference library would
+        multiply with in float32.
+        """
         ...
 
     def nbytes(self) -> int:

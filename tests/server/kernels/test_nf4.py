@@ -5,6 +5,7 @@ from __future__ import annotations
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+
 from adaplex_server.kernels import nf4
 from adaplex_server.kernels.blockwise8 import dynamic_code, quantize_dynamic8
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from adaplex_adapters.errors import StartupError
 
-from adaplex_server.kernels import dense, nf4, nf4_cpu
+from adaplex_adapters.errors import StartupError
+from adaplex_server.kernels import nf4, nf4_cpu
+from adaplex_server.kernels.blockwise8 import GROUP
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.linear import Linear
 
@@ -47,7 +48,9 @@ class Nf4Linear:
 
 @dataclass(frozen=True)
 class PackedNf4Linear:
-    """Multiplies bfloat16 with bitsandbytes' CPU library. absmax: the exact one, which `dequantized` needs. bias: [out_features] or None."""
+    """Multiplies bfloat16 with bitsandbytes' CPU library. absmax: the exact one, which `dequantized` needs. bias:
+    [out_features] or None.
+    """
 
     packed: nf4_cpu.PackedNf4
     absmax: torch.Tensor | nf4.NestedAbsmax
@@ -113,10 +116,10 @@ def read_nf4(checkpoint: Checkpoint, path: str, rows: int, columns: int, device:
     codes = codes.to(device, copy=True)
     if f"{name}.nested_absmax" not in checkpoint:
         return nf4.Nf4Weight(rows, columns, codes, absmax.to(device, torch.float32, copy=True))
-    if state.get("nested_blocksize") != nf4.GROUP:
+    if state.get("nested_blocksize") != GROUP:
         raise StartupError(f"{name}: absmax in groups of {state.get('nested_blocksize')}; only 256 is supported")
     table = checkpoint.read(f"{name}.nested_quant_map", (256,)).to(device, torch.float32, copy=True)
-    scales = checkpoint.read(f"{name}.nested_absmax", (-(-blocks // nf4.GROUP),))
+    scales = checkpoint.read(f"{name}.nested_absmax", (-(-blocks // GROUP),))
     scales = scales.to(device, torch.float32, copy=True)
     offset = torch.tensor(float(state["nested_offset"]), device=device)
     aligned = columns % nf4.BLOCK == 0
@@ -125,7 +128,9 @@ def read_nf4(checkpoint: Checkpoint, path: str, rows: int, columns: int, device:
 
 
 def serialized(name: str, weight: nf4.Nf4Weight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a weight that was quantized alone, as bitsandbytes saves them. name: of the parameter; dtype: what the weight was before."""
+    """The tensors of a weight that was quantized alone, as bitsandbytes saves them. name: of the parameter; dtype:
+    what the weight was before.
+    """
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": nf4.BLOCK,
@@ -137,7 +142,7 @@ def serialized(name: str, weight: nf4.Nf4Weight, dtype: torch.dtype) -> dict[str
     if isinstance(absmax, nf4.NestedAbsmax):
         assert bool((absmax.row_offset == absmax.row_offset[0]).all())
         state |= {
-            "nested_blocksize": nf4.GROUP,
+            "nested_blocksize": GROUP,
             "nested_dtype": "float32",
             "nested_offset": float(absmax.row_offset[0]),
         }

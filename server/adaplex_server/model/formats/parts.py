@@ -1,4 +1,6 @@
-"""From the modules of a checkpoint to one linear of the decoder: what each format keeps of a module, and how modules that share an input are joined."""
+"""From the modules of a checkpoint to one linear of the decoder: what each format keeps of a module, and how modules
+that share an input are joined.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def read_bitsandbytes(checkpoint: Checkpoint, module: Module, place: Place) -> W
 
 
 def join(weights: Sequence[Weight], biases: Sequence[torch.Tensor | None], place: Place) -> Linear:
-    """One linear of several that share their input, stored as one where the format allows it without changing a value."""
+    """One linear of several that share their input, stored as one where the format allows it without changing a
+    value.
+    """
     dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     if len(dense) == len(weights):
         return DenseLinear(dense[0] if len(dense) == 1 else torch.cat(dense), _join_biases(weights, biases))
