@@ -57,14 +57,18 @@ async def run_server(settings: ServerSettings) -> None:
     from adaplex_server.cli.parts import service_settings
     from adaplex_server.grpc_api.server import GrpcServer
     from adaplex_server.http_api.server import HttpServer, bind
+    from adaplex_server.http_api.settings import HttpSettings
     from adaplex_server.service.service import Service
 
     http_socket = bind(*host_and_port(settings.http, "http"))
     with StartupProgress() as progress, contextlib.closing(http_socket):
         built = service_settings(settings, progress.report)
         service = Service(built, progress.report)
-        grpc_server = None if settings.grpc == "off" else GrpcServer(service, *host_and_port(settings.grpc, "grpc"))
-        http_server = HttpServer(service, http_socket)
+        grpc_server = None
+        if settings.grpc != "off":
+            grpc_server = GrpcServer(service, *host_and_port(settings.grpc, "grpc"), settings.max_upload)
+        http_settings = HttpSettings(max_upload_bytes=settings.max_upload, drain=settings.drain_seconds)
+        http_server = HttpServer(service, http_socket, http_settings)
         async with _stop_signal() as stopped:
             serving = asyncio.create_task(http_server.run())
             if grpc_server:

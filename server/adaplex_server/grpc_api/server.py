@@ -31,10 +31,10 @@ OPTIONS = (
 class GrpcServer:
     """Owns the listening port and the health states. Made bound (StartupError when the port is taken), then started."""
 
-    def __init__(self, service: Service, host: str, port: int) -> None:
+    def __init__(self, service: Service, host: str, port: int, max_upload: int) -> None:
         self._server = grpc.aio.server(options=OPTIONS)
         pb_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
-        pb_grpc.add_AdaptersServicer_to_server(AdaptersServicer(service), self._server)
+        pb_grpc.add_AdaptersServicer_to_server(AdaptersServicer(service, max_upload), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
