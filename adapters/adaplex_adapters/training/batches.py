@@ -1,0 +1,69 @@
+"""Grouping encoded examples into padded batches. Pure: the order is a function of the seed and the epoch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adaplex_adapters.training.encoding import IGNORED, EncodedExample
+
+POOL_BATCHES = 16
+"""Batches are cut from pools of this many, sorted by length: little padding, yet the mix changes every epoch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids, labels: int64 [rows, longest]; padded on the right. learned: tokens that count, after the shift by one.
+
+    No attention mask is needed: under causal attention no real token sees the padding to its right.
+    tokens: real tokens, without padding.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    learned: int
+    tokens: int
+
+
+def pad_batch(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
+    """One batch of the given examples in the given order."""
+    longest = max(len(e.ids) for e in examples)
+    ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for row, example in enumerate(examples):
+        length = len(example.ids)
+        ids[row, :length] = torch.tensor(example.ids)
+        labels[row, :length] = torch.tensor(example.labels)
+    learned = int((labels[:, 1:] != IGNORED).sum())
+    return Batch(ids, labels, learned, tokens=sum(len(e.ids) for e in examples))
+
+
+def ordered_batches(examples: Sequence[EncodedExample], size: int, pad_id: int) -> Iterator[Batch]:
+    """Every example once, sorted by length; for measuring."""
+    ordered = sorted(examples, key=lambda e: (len(e.ids), e.line))
+    for start in range(0, len(ordered), size):
+        yield pad_batch(ordered[start : start + size], pad_id)
+
+
+def shuffled_batches(examples: Sequence[EncodedExample], size: int, pad_id: int, seed: int) -> Iterator[Batch]:
+    """Endless epochs; in each, every example once, batched with others of about its length, in random order."""
+    epoch = 0
+    while True:
+        rng = random.Random(f"{seed}/{epoch}")
+        order = rng.sample(range(len(examples)), len(examples))
+        groups: list[list[int]] = []
+        for start in range(0, len(order), size * POOL_BATCHES):
+            pool = sorted(order[start : start + size * POOL_BATCHES], key=lambda i: len(examples[i].ids))
+            groups += [pool[i : i + size] for i in range(0, len(pool), size)]
+        rng.shuffle(groups)
+        for group in groups:
+            yield pad_batch([examples[i] for i in group], pad_id)
+        epoch += 1
+
+
+def batches_per_epoch(examples: int, size: int) -> int:
+    """Number of batches that `shuffled_batches` makes of each epoch."""
+    return -(-examples // size)
