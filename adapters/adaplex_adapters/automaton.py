@@ -2,10 +2,10 @@
 
 PEFT's configs may name modules by Python regular expressions, and a backtracking engine can be made to run for ever on
 them (a time-out does not help with engines that take memory without end meanwhile). Here the expression is parsed by
-Python's own parser, so that its syntax means what PEFT's `re` takes it to mean, and run as a Thompson machine (K. Thompson,
-"Regular Expression Search Algorithm", 1968): the work is at most states times characters, and both are limited. Look-around
-is run as a machine of its own at each place. What such a machine cannot express (back references, atomic groups,
-possessive repeats) is refused.
+Python's own parser, so that its syntax means what PEFT's `re` takes it to mean, and run as a Thompson machine (K.
+Thompson, "Regular Expression Search Algorithm", 1968): the work is at most states times characters, and both are
+limited. Look-around is run as a machine of its own at each place. What such a machine cannot express (back references,
+atomic groups, possessive repeats) is refused.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ class Automaton:
                 self._free[self._sequence(branch, self._after(at))].append((None, end))
             return end
         if node in (op.MAX_REPEAT, op.MIN_REPEAT):
-            return self._repeat(*value, at)
+            least, most, inner = value
+            return self._repeat(least, most, inner, at)
         return self._after(at, self._condition(node, value))
 
     def _after(self, at: int, condition: Condition | None = None) -> int:

@@ -1,7 +1,7 @@
-"""`Catalogue` owns which name points at which revision. SQLite with one writer; every change is durable when it returns.
+"""`Catalogue` owns which name points at which revision. SQLite, one writer; a change that returned is durable.
 
-One process holds a catalogue at a time (an exclusive lock beside it). A file that is damaged, foreign or newer than this
-version is left as it is, and the process does not start.
+One process holds a catalogue at a time (an exclusive lock beside it). A file that is damaged, foreign or newer than
+this version is left as it is, and the process does not start.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _COLUMNS = "name, generation, created, source, revision, kind, rank, targets, pa
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One name. created: when it was put, seconds since 1970. source: one of SOURCES. generation: grows with every put."""
+    """One name. created: when put, in seconds since 1970. source: one of SOURCES. generation: grows with every put."""
 
     name: str
     spec: AdapterSpec
@@ -126,6 +126,19 @@ class Catalogue:
                 raise
 
 
+def peek(path: Path) -> tuple[CatalogueEntry, ...]:
+    """The entries at this moment, by name, without holding the catalogue: a server may be using it. () without a file."""
+    if not path.exists():
+        return ()
+    with _sqlite_errors("Reading the catalogue"):
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
+        try:
+            rows = connection.execute(f"SELECT {_COLUMNS} FROM adapters ORDER BY name").fetchall()
+        finally:
+            connection.close()
+    return tuple(_entry(row) for row in rows)
+
+
 def _hold(path: Path) -> int:
     """A descriptor that holds the lock until it is closed, also by the process's death."""
     try:
@@ -166,28 +179,29 @@ def _open(path: Path) -> sqlite3.Connection:
     advice = "It was left as it is: restore it from a backup, or move it away and load the adapters again."
     if path.stat().st_size == 0:
         raise StartupError(f"The catalogue {path.name} is damaged: it is empty. {advice}")
-    connection = None
+    # Read-only first: even closing a writable connection could change a file that is not ours.
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
     try:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if application != _APPLICATION_ID:
             raise StartupError(f"{path.name} is a database of another program. {advice}")
         if version > SCHEMA_VERSION:
             raise StartupError(
-                f"The catalogue {path.name} was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION}). "
-                "It was left as it is: start the newer version, or give this one another data folder."
+                f"The catalogue {path.name} was written by a newer version (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}). It was left as it is: start the newer version, or use another data folder."
             )
         (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if version < 1 or state != "ok":
             raise StartupError(f"The catalogue {path.name} is damaged ({str(state)[:100]}). {advice}")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
         for row in connection.execute(f"SELECT {_COLUMNS} FROM adapters"):
             _entry(row)
+        connection.close()
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
     except (sqlite3.Error, ValueError, TypeError) as error:
-        if connection is not None:
-            connection.close()
+        connection.close()
         raise StartupError(f"The catalogue {path.name} cannot be used ({error}). {advice}") from error
     except StartupError:
         connection.close()

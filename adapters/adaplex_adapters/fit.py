@@ -1,4 +1,4 @@
-"""Whether an adapter fits a base: each tensor has a linear of its shape, and each linear that the config targets has its tensors."""
+"""Whether an adapter fits a base: every tensor has a linear of its shape, every targeted linear has its tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _shape_problem(adapter: LoraAdapter, path: str, base: BaseShape) -> str | No
     found = list(module.a.shape), list(module.b.shape)
     if found == expected:
         return None
-    return f"Module {path} has A {found[0]} and B {found[1]}; the base needs A {expected[0]} and B {expected[1]}."
+    return f"Module {path} has A {found[0]}, B {found[1]}; the base wants {expected[0]} and {expected[1]}."
 
 
 def _wrong_base(config: LoraConfigFile, base: BaseShape) -> str:

@@ -1,4 +1,4 @@
-"""Opening what is in an adapter's folder: regular files only, each read once from one descriptor, pickles never opened."""
+"""Opening the files of an adapter's folder: regular ones only, each read once; pickles are never opened."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def file_problem(name: str) -> str | None:
     lower = name.lower()
     suffix = PurePath(lower).suffix
     if suffix in _PICKLES and not lower.startswith(_TRAINER_LEFTOVERS):
-        return f"{shown(name)} may hold a pickle, which could run code; it was not opened. Save the weights as {TENSOR_FILE}."
+        return f"{shown(name)} may be a pickle, which could run code; it was not opened. Save weights as {TENSOR_FILE}."
     if lower.endswith((".safetensors", ".safetensors.index.json")) and name != TENSOR_FILE:
         return f"{shown(name)} would stay unused: the weights of an adapter are one file, {TENSOR_FILE}."
     if lower in KEPT_FILES and name not in KEPT_FILES:
@@ -85,7 +85,7 @@ class AdapterFolder:
             data_size = size - 8 - len(header)
             entries: tuple[TensorEntry, ...] = parse_header(bytes(header), data_size, self._limits, TENSOR_FILE)
             data = torch.empty(data_size, dtype=torch.uint8)
-            _fill(file, memoryview(data.numpy()), TENSOR_FILE)
+            _fill(file, data.numpy().data, TENSOR_FILE)
         return tensors_in(data, entries)
 
     @contextmanager

@@ -1,8 +1,8 @@
 """The revision of an adapter: SHA-256 over what it does, not over how its files were written.
 
-Normalized content: a canonical JSON text of the kind and, sorted by module path, each module's scaling (as float32, in which
-it is applied) and each tensor's dtype, shape and SHA-256 of its bytes. Names, key order, dropout, training options and the
-files' layout do not enter it. Hashing the tensors one by one lets several cores share the work.
+Normalized content: a canonical JSON text of the kind and, sorted by module path, each module's scaling (as float32, in
+which it is applied) and each tensor's dtype, shape and SHA-256 of its bytes. Names, key order, dropout, training
+options and the files' layout do not enter it. Hashing the tensors one by one lets several cores share the work.
 """
 
 from __future__ import annotations

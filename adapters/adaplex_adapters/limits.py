@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class ReadLimits:
     """Limits of reading one adapter folder. Sizes are in bytes.
 
-    max_rank: rank of any module. max_config_bytes: adapter_config.json. max_header_bytes: the JSON header of the safetensors
-    file. max_file_bytes: the whole safetensors file. max_tensors: tensors in it. max_files: entries in the folder.
+    max_rank: rank of any module. max_config_bytes: adapter_config.json. max_header_bytes: the JSON header of the
+    safetensors file. max_file_bytes: the whole safetensors file. max_tensors: tensors in it. max_files: entries in the
+    folder.
     """
 
     max_rank: int = 256

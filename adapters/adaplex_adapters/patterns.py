@@ -25,8 +25,8 @@ Matcher = Callable[[str], bool]
 def expression(pattern: str, field: str, budget: WorkBudget, *, after_any_dot: bool = False) -> Matcher:
     """A function that tells whether `pattern` matches a whole module path, as re.fullmatch would.
 
-    after_any_dot: it may also match only what follows a dot of the path, the rule of rank_pattern. `field` names the config
-    field in messages. Raises AdapterProblems when the pattern is refused, now or when the budget runs out.
+    after_any_dot: it may also match only what follows a dot of the path, the rule of rank_pattern. `field` names the
+    config field in messages. Raises AdapterProblems when the pattern is refused, now or when the budget runs out.
     """
     wrapped = rf"(?:.*\.)?(?:{pattern})$" if after_any_dot else pattern
     if _PLAIN.fullmatch(pattern):
@@ -55,7 +55,7 @@ def _refused(pattern: str, field: str, error: PatternRefused) -> AdapterProblems
 def by_pattern(
     patterns: Mapping[str, T], default: T, field: str, budget: WorkBudget, paths: Iterable[str]
 ) -> dict[str, T]:
-    """The value of each module path: that of the first pattern that matches it, else of the key equal to it, else `default`."""
+    """Each module path's value: of the first pattern that matches it, else of the key equal to it, else `default`."""
     if len(patterns) > _MAX_PATTERNS:
         raise refuse(f"{CONFIG_FILE} has {len(patterns)} entries in {field}; at most {_MAX_PATTERNS} are read.")
     matchers = [(expression(key, field, budget, after_any_dot=True), value) for key, value in patterns.items()]
@@ -81,7 +81,7 @@ class TargetRule:
         for pattern in config.layers_pattern:
             if not _PLAIN_NAME.fullmatch(pattern):
                 raise refuse(
-                    f"{CONFIG_FILE} has layers_pattern {shown(pattern)}; only a plain name such as 'layers' is read."
+                    f"{CONFIG_FILE} has layers_pattern {shown(pattern)}; only a plain name ('layers') is read."
                 )
 
     def targets(self, paths: Iterable[str]) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ class TargetRule:
 
     def names_without(self, targeted: Iterable[str]) -> tuple[str, ...]:
         """The names in target_modules that target none of these paths."""
-        reached = set()
+        reached: set[str] = set()
         for path in targeted:
             parts = path.split(".")
             reached.update(".".join(parts[at:]) for at in range(len(parts)))
@@ -121,7 +121,7 @@ def _names(name: str, path: str) -> bool:
 
 
 def _layer_of(path: str, layers_pattern: tuple[str, ...]) -> int | None:
-    """The number after a segment of one of these names (the first name that occurs), or the first number after two segments."""
+    """The number after a segment of one of these names, in their order; without names, the first after two segments."""
     parts = path.split(".")
     numbered = [at for at in range(1, len(parts) - 1) if parts[at].isdecimal()]
     if not layers_pattern:

@@ -16,7 +16,7 @@ from adaplex_adapters.problems import raise_if_any, refuse, shown
 from adaplex_adapters.strict_json import parse_object
 
 CONFIG_FILE = "adapter_config.json"
-_MAX_ALPHA = 1e9
+_MAX_ALPHA = 1e12
 _MAX_BASE_NAME = 512
 
 
@@ -42,7 +42,7 @@ class LoraConfigFile:
 # What each field means when it is set, for the refusal. "Set" is anything but null, false, empty or zero.
 _REFUSED: Mapping[str, str] = {
     "use_dora": "this is a DoRA adapter, a kind that this version does not serve yet",
-    "modules_to_save": "it replaces whole modules of the base, which would no longer be shared; train it without modules_to_save",
+    "modules_to_save": "it replaces whole modules of the shared base; train it without modules_to_save",
     "lora_bias": "its B has a trained bias, which is not served; train it with lora_bias=False",
     "trainable_token_indices": "it replaces rows of the embedding, which the base shares; train it without them",
     "target_parameters": "it adapts bare parameters (mixture of experts), which are not served",
@@ -58,13 +58,49 @@ _REFUSED: Mapping[str, str] = {
 }
 # Fields that cannot change an answer: how it was trained, initialized or made, and by what.
 _HARMLESS = frozenset(
-    ["auto_mapping", "peft_version", "revision", "task_type", "inference_mode", "lora_dropout", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out", "merge_weights", "unsloth_fixed"]
+    {
+        "auto_mapping",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "merge_weights",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+        "unsloth_fixed",
+        "velora_config",
+    }
 )
+
 _READ = frozenset(
-    ["peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "bias", "init_lora_weights"]
+    {
+        "alpha_pattern",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    }
 )
-# Initializations that change the base's own weights: PEFT repeats that change when it loads such an adapter. Serving it on
-# the unchanged base would be wrong. PEFT converts such an adapter to a plain one when it is saved (see `_init_problem`).
+
+# Initializations that change the base's own weights: PEFT repeats that change when it loads such an adapter. Serving
+# it on the unchanged base would be wrong. PEFT converts such an adapter to a plain one when it is saved (see
+# `_init_problem`).
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -88,16 +124,16 @@ def _refusals(fields: Mapping[str, Any]) -> Iterator[str]:
                 "whether the adapter would be served rightly; remove the field if it has no effect."
             )
     if fields.get("bias", "none") not in ("none", None):
-        yield f"{CONFIG_FILE} says bias={shown(fields['bias'])}: trained biases are not served; train it with bias='none'."
+        yield f"{CONFIG_FILE} says bias={shown(fields['bias'])}: trained biases are not served; use bias='none'."
     yield from _init_problem(fields.get("init_lora_weights", True))
 
 
 def _init_problem(value: Any) -> Iterator[str]:
     if isinstance(value, str) and value.lower().startswith(_BASE_CHANGING):
         yield (
-            f"{CONFIG_FILE} says init_lora_weights={shown(value)}: such an adapter belongs to a base whose weights were changed "
-            "at the start of training, not to the base served here. Convert it: PEFT's save_pretrained with "
-            "path_initial_model_for_weight_conversion."
+            f"{CONFIG_FILE} says init_lora_weights={shown(value)}: such an adapter belongs to a base whose weights "
+            "were changed at the start of training, not to the base served here. Convert it: PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion."
         )
     elif not isinstance(value, bool | str | None):
         yield f"{CONFIG_FILE} has the impossible init_lora_weights {shown(value)}."
@@ -142,8 +178,8 @@ def _target_problems(fields: Mapping[str, Any]) -> Iterator[str]:
     targets = fields.get("target_modules")
     if not targets:
         yield (
-            f"{CONFIG_FILE} has target_modules={shown(targets)}, so it does not say which modules it adapts; name them there "
-            "(PEFT writes them when it saves an adapter)."
+            f"{CONFIG_FILE} has target_modules={shown(targets)}, so it does not say which modules it adapts; name them "
+            "there (PEFT writes them when it saves an adapter)."
         )
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = fields.get(name)
@@ -155,7 +191,7 @@ def _target_problems(fields: Mapping[str, Any]) -> Iterator[str]:
         and targets.lower() != "all-linear"
         and fields.get("layers_to_transform") not in (None, [])
     ):
-        yield f"{CONFIG_FILE} has layers_to_transform beside an expression in target_modules; PEFT ignores it there: remove one."
+        yield f"{CONFIG_FILE} has layers_to_transform beside an expression in target_modules: remove one."
 
 
 def _config(fields: Mapping[str, Any]) -> LoraConfigFile:

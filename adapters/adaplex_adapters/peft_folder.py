@@ -1,7 +1,7 @@
-"""The files of an adapter in normalized form: still a PEFT folder, that PEFT itself and our own reader take back unchanged.
+"""The files of an adapter in normalized form: still a PEFT folder, which PEFT and our own reader take back unchanged.
 
-Scalings are written as alpha = scaling * rank. A scaling is a float32 and a rank a small integer, so the product is exact in
-a double, and dividing again gives the same scaling to the last bit.
+Scalings are written as alpha = scaling * rank. A scaling is a float32 and a rank a small integer, so the product is exact
+in a double, and dividing again gives the same scaling to the last bit.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def config_text(adapter: LoraAdapter) -> str:
 
 
 def _common(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
-    """The value that most have (the smallest of several), and the others by an expression that matches one path only."""
+    """The value that most have (the smallest of several), and the others by an expression for one path only."""
     counts = Counter(values.values())
     common = min(counts, key=lambda value: (-counts[value], value))
     return common, {re.escape(path): values[path] for path in sorted(values) if values[path] != common}

@@ -1,7 +1,7 @@
 """Problems found in the files of an adapter, gathered so that a user sees all of one stage at once.
 
-Reading goes in stages (files, config, header, tensors, fit to the base); a stage reports everything that it finds, and the
-next one runs only when it found nothing.
+Reading goes in stages (files, config, header, tensors, fit to the base); a stage reports everything that it finds, and
+the next one runs only when it found nothing.
 """
 
 from __future__ import annotations

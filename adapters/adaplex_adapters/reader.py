@@ -1,7 +1,7 @@
-"""Reading a PEFT LoRA folder: from files that nobody trusts to an adapter that fits the base, or a refusal with its reasons.
+"""Reading a PEFT LoRA folder: from files that nobody trusts to an adapter that fits the base, or a refusal.
 
-Stages, each of which reports all that it finds: the folder's files, the config, the tensor file's header, names and shapes of
-the tensors, their values, and last the fit to the base. Everything but the last is independent of the base.
+Stages, each of which reports all that it finds: the folder's files, the config, the tensor file's header, names and
+shapes of the tensors, their values, and last the fit to the base. Everything but the last is independent of the base.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adaplex_adapters.folder import open_folder
 from adaplex_adapters.identity import revision_of
 from adaplex_adapters.limits import ReadLimits
 from adaplex_adapters.patterns import by_pattern
-from adaplex_adapters.peft_config import LoraConfigFile, parse_config
+from adaplex_adapters.peft_config import CONFIG_FILE, LoraConfigFile, parse_config
 from adaplex_adapters.problems import raise_if_any
 from adaplex_adapters.spec import KIND_LORA, AdapterSpec, LoraAdapter, LoraModule
 from adaplex_adapters.tensor_keys import Pair, pair_up
@@ -60,12 +60,12 @@ def _modules(
     ranks = by_pattern(config.rank_pattern, config.rank, "rank_pattern", budget, pairs)
     alphas = by_pattern(config.alpha_pattern, config.alpha, "alpha_pattern", budget, pairs)
     raise_if_any([p for path, pair in pairs.items() for p in _shape_problems(path, pair, ranks[path], limits)])
-    modules = {}
-    for path, pair in pairs.items():
-        rank = ranks[path]
-        divisor = math.sqrt(rank) if config.use_rslora else rank
-        modules[path] = LoraModule(pair.a, pair.b, float(np.float32(alphas[path] / divisor)))
-    return modules
+    divisors = {path: math.sqrt(rank) if config.use_rslora else rank for path, rank in ranks.items()}
+    return {
+        # Rounded to the float32 in which it is applied, so that every way of writing it means the same.
+        path: LoraModule(pair.a, pair.b, float(np.float32(alphas[path] / divisors[path])))
+        for path, pair in pairs.items()
+    }
 
 
 def _shape_problems(path: str, pair: Pair, rank: int, limits: ReadLimits) -> Iterator[str]:
@@ -79,8 +79,8 @@ def _shape_problems(path: str, pair: Pair, rank: int, limits: ReadLimits) -> Ite
             yield f"The {name} of {path} has rank {tensor.shape[axis]}; ranks up to {limits.max_rank} are served."
         elif tensor.shape[axis] != rank:
             yield (
-                f"The {name} of {path} has shape {list(tensor.shape)}, so rank {tensor.shape[axis]}, but the config gives it "
-                f"rank {rank}."
+                f"The {name} of {path} has shape {list(tensor.shape)}, so rank {tensor.shape[axis]}, but {CONFIG_FILE} "
+                f"gives it rank {rank}."
             )
 
 

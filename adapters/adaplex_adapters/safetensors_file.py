@@ -1,8 +1,9 @@
 """The safetensors format, read and written by our own code. Owns nothing; knows nothing of adapters.
 
-Format (github.com/huggingface/safetensors): 8 bytes little-endian length n of the header; n bytes of JSON that map a tensor's
-name to {"dtype", "shape", "data_offsets": [begin, end)}, with an optional "__metadata__" of strings; then the data, which the
-tensors must cover without holes or overlaps. Only the float types that adapters are trained in are read.
+Format (github.com/huggingface/safetensors): 8 bytes little-endian length n of the header; n bytes of JSON that map a
+tensor's name to {"dtype", "shape", "data_offsets": [begin, end)}, with an optional "__metadata__" of strings; then the
+data, which the tensors must cover without holes or overlaps. Only the float types that adapters are trained in are
+read.
 """
 
 from __future__ import annotations
@@ -155,4 +156,4 @@ def serialize(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in row-major order (not a copy when it is contiguous)."""
-    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)

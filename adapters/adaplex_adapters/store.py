@@ -1,10 +1,10 @@
 """`AdapterStore` owns the adapters' bytes on disk: one folder a revision, named by it, written whole or not at all.
 
     <root>/revisions/<revision>/   a normalized PEFT folder; never edited in place
-    <root>/staging/<random>/       uploads, commits and deletions under way; whatever a crash leaves here is pruned at start
+    <root>/staging/<random>/       uploads, commits and deletions under way; leftovers of a crash are pruned at start
 
-Which names point at which revisions is the catalogue's business. Several threads may use one store; several processes may
-read it, and one of them (the holder of the catalogue) writes.
+Which names point at which revisions is the catalogue's business. Several threads may use one store; several processes
+may read it, and one of them (the holder of the catalogue) writes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class AdapterStore:
     def read(self, revision: str, base: BaseShape) -> LoraAdapter:
         """The adapter of this revision, checked against the base, its content verified against the revision.
 
-        Raises NotFound, InvalidAdapter (it does not fit this base) or StorageFailed (its files were changed or damaged).
+        Raises NotFound, InvalidAdapter (it does not fit this base) or StorageFailed (its files were changed or
+        damaged).
         """
         folder = self._existing(revision)
         try:
@@ -174,7 +175,7 @@ def _damaged(revision: str, what: str) -> StorageFailed:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a tree that nobody can reach any more; what cannot be removed now is pruned at the next start."""
+    """Remove a file or tree that nobody can reach any more; what cannot be removed now is pruned at the next start."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""JSON from strangers: no duplicate keys, no NaN or Infinity, no lone surrogates, no depth that could exhaust the stack."""
+"""JSON from strangers: no duplicate keys, no NaN or Infinity, no lone surrogates, no depth that exhausts the stack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Duplicate(ValueError):
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data` (UTF-8). `what` names the file in messages. Raises AdapterProblems for anything else."""
+    """The JSON object in `data` (UTF-8); AdapterProblems for anything else. `what` names the file in messages."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:

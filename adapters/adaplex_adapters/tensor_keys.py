@@ -1,7 +1,7 @@
 """The names of tensors in a PEFT LoRA file, and what a tensor that is not A or B of a LoRA would be.
 
-A key reads base_model.model.<module path>.lora_A.weight (or lora_B); PEFT leaves the adapter's name out when it saves, but
-copies of a running model's state carry its default name: ...lora_A.default.weight.
+A key reads base_model.model.<module path>.lora_A.weight (or lora_B); PEFT leaves the adapter's name out when it saves,
+but copies of a running model's state carry its default name: ...lora_A.default.weight.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Pair:
 
 
 def pair_up(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
-    """Module path -> its pair, sorted by path. Raises AdapterProblems for any tensor that is not half of exactly one pair."""
+    """Module path -> its pair, sorted by path. AdapterProblems for any tensor that is not half of exactly one pair."""
     halves: dict[str, dict[str, torch.Tensor]] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
