@@ -46,7 +46,7 @@ def _shape_problem(adapter: LoraAdapter, path: str, base: BaseShape) -> str | No
     found = list(module.a.shape), list(module.b.shape)
     if found == expected:
         return None
-    return f"Module {path} has A {found[0]}, B {found[1]}; the base wants {expected[0]} and {expected[1]}."
+    return f"Module {path} has A {found[0]}, B {found[1]}; the base wants {expected[0]}, {expected[1]}."
 
 
 def _wrong_base(config: LoraConfigFile, base: BaseShape) -> str:

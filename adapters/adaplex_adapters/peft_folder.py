@@ -1,7 +1,7 @@
 """The files of an adapter in normalized form: still a PEFT folder, which PEFT and our own reader take back unchanged.
 
-Scalings are written as alpha = scaling * rank. A scaling is a float32 and a rank a small integer, so the product is exact
-in a double, and dividing again gives the same scaling to the last bit.
+Scalings are written as alpha = scaling * rank. A scaling is a float32 and a rank a small integer, so the product is
+exact in a double, and dividing again gives the same scaling to the last bit.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ from adaplex_adapters.problems import raise_if_any
 from adaplex_adapters.spec import KIND_LORA, AdapterSpec, LoraAdapter, LoraModule
 from adaplex_adapters.tensor_keys import Pair, pair_up
 
+_MAX_SCALING = 1e9
+
 __all__ = ["ReadLimits", "read_adapter", "read_unfitted"]
 
 
@@ -61,11 +63,19 @@ def _modules(
     alphas = by_pattern(config.alpha_pattern, config.alpha, "alpha_pattern", budget, pairs)
     raise_if_any([p for path, pair in pairs.items() for p in _shape_problems(path, pair, ranks[path], limits)])
     divisors = {path: math.sqrt(rank) if config.use_rslora else rank for path, rank in ranks.items()}
-    return {
+    modules = {
         # Rounded to the float32 in which it is applied, so that every way of writing it means the same.
         path: LoraModule(pair.a, pair.b, float(np.float32(alphas[path] / divisors[path])))
         for path, pair in pairs.items()
     }
+    raise_if_any(
+        [
+            f"Module {path} is scaled by {module.scaling:g}, which is beyond {_MAX_SCALING:g}; look at lora_alpha."
+            for path, module in modules.items()
+            if abs(module.scaling) > _MAX_SCALING
+        ]
+    )
+    return modules
 
 
 def _shape_problems(path: str, pair: Pair, rank: int, limits: ReadLimits) -> Iterator[str]:
