@@ -1,0 +1,58 @@
+"""Root-mean-square and layer norm of rows on the GPU, with the residual addition before it in the same launch. Sums in float32, one program a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from adaplex_server.kernels.gpu.launch import next_power_of_2
+
+
+def add_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, center: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, delta [T, H] -> (x + delta, its norm); the sum is rounded to x's dtype before it is normed. center: layer norm (mean removed)."""
+    x = x.contiguous()
+    rows, width = x.shape
+    normed = torch.empty_like(x)
+    total = torch.empty_like(x) if delta is not None else x
+    block = next_power_of_2(width)
+    if rows:
+        _add_norm[(rows,)](
+            x, delta.contiguous() if delta is not None else x, weight, bias if bias is not None else weight, total, normed,
+            width, eps, ADD=delta is not None, CENTER=center, BIAS=bias is not None, BLOCK=block,
+            num_warps=min(8, max(1, block // 512)),
+        )  # fmt: skip
+    return total, normed
+
+
+@triton.jit
+def _add_norm(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    bias_ptr,
+    total_ptr,
+    normed_ptr,
+    width,
+    eps,
+    ADD: tl.constexpr,
+    CENTER: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.arange(0, BLOCK)
+    mask = i < width
+    at = tl.program_id(0).to(tl.int64) * width + i
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    if ADD:
+        x = (x.to(tl.float32) + tl.load(delta_ptr + at, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(total_ptr + at, x, mask=mask)
+    x = x.to(tl.float32)
+    if CENTER:
+        x = tl.where(mask, x - tl.sum(x, 0) / width, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps) * tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + at, y.to(normed_ptr.dtype.element_ty), mask=mask)
