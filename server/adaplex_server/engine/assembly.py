@@ -1,0 +1,142 @@
+"""Build an engine from its settings: load the base, size the memory, put the parts together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from adaplex_adapters.errors import StartupError
+from adaplex_adapters.spec import LoraAdapter
+from adaplex_adapters.store import AdapterStore
+from adaplex_server.engine.engine import Engine, Inbox
+from adaplex_server.engine.executor import Executor
+from adaplex_server.engine.memory import MemoryPlan, ModelBytes, free_bytes, plan_memory
+from adaplex_server.engine.messages import EngineInfo, Progress
+from adaplex_server.engine.parts import Parts, Send, connect
+from adaplex_server.engine.probe import PROBE_TOKENS, AdapterMemory, LoraDevice
+from adaplex_server.engine.sampler import Sampler
+from adaplex_server.engine.settings import EngineSettings
+from adaplex_server.engine.step_batch import build_with
+from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, allocate_pool, bytes_per_page
+from adaplex_server.model.base import Base, load_base
+from adaplex_server.model.config import ModelConfig, read_config
+from adaplex_server.model.decoder import Decoder
+from adaplex_server.model.families import base_shape
+from adaplex_server.model.kv_cache import KvCache
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SCORE_BYTES = 128 << 20
+"""Logits of scored prompt tokens in one step at most."""
+
+
+def start_engine(settings: EngineSettings, inbox: Inbox, send: Send) -> tuple[Engine, EngineInfo]:
+    """The engine, ready to run. Raises StartupError with what to change."""
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    device = choose_device(settings.device)
+    config = read_config(Path(settings.base), settings.base_name)
+    base = load_base(
+        Path(settings.base),
+        config=config,
+        quantize=settings.quantize,
+        double_quant=settings.double_quant,
+        dtype=choose_dtype(settings.dtype, config.dtype, device),
+        device=device,
+        progress=lambda text, fraction: send(Progress(text, fraction)),
+    )
+    store, shape = AdapterStore(Path(settings.store)), base_shape(config)
+    return assemble(settings, base, lambda revision: store.read(revision, shape), inbox, send)
+
+
+def assemble(
+    settings: EngineSettings, base: Base, read: Callable[[str], LoraAdapter], inbox: Inbox, send: Send
+) -> tuple[Engine, EngineInfo]:
+    """An engine around a loaded base. read: an adapter from the store."""
+    device = base.device
+    sizes = model_bytes(settings, base.config, base.dtype)
+    plan = plan_memory(settings, sizes, free_bytes(device), device.type == "cuda", PROBE_TOKENS)
+    parts = _build_parts(settings, base, plan, read, inbox, send)
+    info = EngineInfo(
+        pid=os.getpid(),
+        device=device.type,
+        dtype=str(base.dtype).removeprefix("torch."),
+        base_format=base.format,
+        max_context=parts.scheduler.max_context,
+        max_rows=parts.scheduler.limits.max_rows,
+        max_waiting=settings.max_waiting,
+        page_size=settings.page_size,
+        total_pages=parts.pool.total,
+        adapter_rank_rows=parts.slots.total_pages * RANK_PAGE,
+        base_bytes=base.nbytes(),
+        vocab_size=base.config.vocab_size,
+    )
+    return Engine(parts, inbox), info
+
+
+def _build_parts(
+    settings: EngineSettings,
+    base: Base,
+    plan: MemoryPlan,
+    read: Callable[[str], LoraAdapter],
+    inbox: Inbox,
+    send: Send,
+) -> Parts:
+    config, dtype, device = base.config, base.dtype, base.device
+    kv = KvCache.allocate(
+        config.num_layers, plan.kv_pages, settings.page_size, config.num_kv_heads, config.head_dim, dtype, device
+    )
+    adapters: AdapterPool | None = None
+    if settings.max_slots:
+        adapters = allocate_pool(config, plan.adapter_pages, settings.max_slots, plan.pages_per_slot, dtype, device)
+    eos = frozenset(config.eos_token_ids)
+    executor = Executor(Decoder(base, adapters), kv, Sampler(eos), build_with(settings.page_size, device, adapters))
+    memory = AdapterMemory(adapters, config, bytes_per_page(config, dtype))
+    return connect(
+        settings,
+        plan,
+        executor=executor,
+        device=lambda pages: LoraDevice(executor, config.vocab_size, pages, memory),
+        read=read,
+        deliver=inbox.put,
+        send=send,
+        eos=eos,
+        max_scores=max_scores(config),
+    )
+
+
+def model_bytes(settings: EngineSettings, config: ModelConfig, dtype: torch.dtype) -> ModelBytes:
+    """What the memory plan depends on."""
+    widest = 4 * config.hidden_size + 3 * config.intermediate_size
+    logits = (settings.max_rows + max_scores(config)) * config.vocab_size * 4
+    return ModelBytes(
+        max_context=config.max_context,
+        kv_page=KvCache.bytes_per_page(
+            config.num_layers, settings.page_size, config.num_kv_heads, config.head_dim, dtype
+        ),
+        adapter_page=bytes_per_page(config, dtype),
+        step=settings.max_step_tokens * widest * dtype.itemsize + 2 * logits,
+    )
+
+
+def max_scores(config: ModelConfig) -> int:
+    """Prompt tokens of one step whose log-probabilities can be told."""
+    return max(16, _SCORE_BYTES // (config.vocab_size * 4))
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that a setting of "auto", "cpu" or "cuda" means here."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise StartupError("device is cuda, and torch sees no CUDA device here; use cpu or auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations: "auto" is the checkpoint's, but bfloat16 for a float16 one on a CPU."""
+    if wanted != "auto":
+        return _DTYPES[wanted]
+    found = _DTYPES.get(checkpoint)
+    if found is None:
+        raise StartupError(f"the checkpoint's dtype {checkpoint!r} is not known; set dtype to one of {list(_DTYPES)}")
+    return torch.bfloat16 if found is torch.float16 and device.type == "cpu" else found

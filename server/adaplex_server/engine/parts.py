@@ -1,0 +1,78 @@
+"""What an engine is made of, and how the parts know each other. Nothing here touches a device or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from adaplex_adapters.spec import LoraAdapter
+from adaplex_server.engine.adapter_slots import AdapterSlots
+from adaplex_server.engine.executor import Executor
+from adaplex_server.engine.host_adapters import AdapterRead, AdapterReader, HostAdapters
+from adaplex_server.engine.memory import MemoryPlan
+from adaplex_server.engine.page_pool import PagePool
+from adaplex_server.engine.placement import Placement
+from adaplex_server.engine.prefix_cache import PrefixCache
+from adaplex_server.engine.residency import AdapterDevice, Residency
+from adaplex_server.engine.scheduler import Limits, Scheduler
+from adaplex_server.engine.settings import EngineSettings
+
+Send = Callable[[msgspec.Struct], None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """probe_pages: KV pages that belong to the probe. send: a message to the API process."""
+
+    scheduler: Scheduler
+    residency: Residency
+    executor: Executor
+    pool: PagePool
+    cache: PrefixCache
+    slots: AdapterSlots
+    probe_pages: tuple[int, ...]
+    send: Send
+
+    def check_integrity(self) -> None:
+        """Everything that is owned adds up (tests call it after every step)."""
+        self.slots.check_integrity()
+        self.cache.check_integrity()
+        self.pool.check_integrity([self.probe_pages, self.cache.pages(), *self.scheduler.held_pages()])
+        self.scheduler.check_integrity()
+
+
+def connect(
+    settings: EngineSettings,
+    plan: MemoryPlan,
+    *,
+    executor: Executor,
+    device: Callable[[list[int]], AdapterDevice],
+    read: Callable[[str], LoraAdapter],
+    deliver: Callable[[AdapterRead], None],
+    send: Send,
+    eos: frozenset[int],
+    max_scores: int,
+) -> Parts:
+    """device: makes the adapter device from the probe's KV pages. read: an adapter from the store, in a thread of its
+    own; deliver: takes the result there. max_scores: see `Limits`.
+    """
+    pool = PagePool(plan.kv_pages)
+    probe_pages = pool.take(plan.probe_pages)
+    cache = PrefixCache(pool, settings.page_size, settings.prefix_cache)
+    slots = AdapterSlots(settings.max_slots, plan.adapter_pages, plan.pages_per_slot)
+    hosts = HostAdapters(settings.host_adapter_bytes, AdapterReader(read, deliver))
+    placement = Placement(slots, hosts.rank_pages)
+    limits = Limits(
+        max_rows=min(settings.max_rows, settings.max_step_tokens),
+        max_waiting=settings.max_waiting,
+        max_step_tokens=settings.max_step_tokens,
+        max_context=plan.max_context,
+        max_scores=max_scores,
+        page_size=settings.page_size,
+        eos=eos,
+    )
+    scheduler = Scheduler(limits, cache, slots, placement)
+    residency = Residency(scheduler, placement, slots, hosts, cache, device(probe_pages), send)
+    return Parts(scheduler, residency, executor, pool, cache, slots, tuple(probe_pages), send)

@@ -1,0 +1,125 @@
+"""The proof of an adapter: every tensor was used, and on a fixed prompt its logits are finite and not the base's.
+
+Owns the pages of the probe, which are never a row's, and the base's own answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from adaplex_adapters.errors import InvalidAdapter, StartupError, Unavailable
+from adaplex_adapters.spec import LoraAdapter
+from adaplex_server.engine.executor import Executor
+from adaplex_server.engine.row import Row, Work
+from adaplex_server.model.adapter_pool import AdapterPool, clear_slot, write_adapter
+from adaplex_server.model.config import ModelConfig
+from adaplex_server.vocabulary import SamplingParams
+
+PROBE_TOKENS = 8
+
+
+def probe_tokens(vocab_size: int) -> list[int]:
+    """Different tokens from all over the vocabulary."""
+    return [(1 + i * 7919) % vocab_size for i in range(PROBE_TOKENS)]
+
+
+class AdapterMemory:
+    """The device's pool of rank rows as the engine writes to it; pool None where no adapter is served."""
+
+    def __init__(self, pool: AdapterPool | None, config: ModelConfig, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self._pool = pool
+        self._config = config
+
+    def write(self, slot: int, pages: tuple[int, ...], adapter: LoraAdapter) -> int:
+        """Bring the adapter to its slot; returns how many of its tensors have a place there."""
+        assert self._pool is not None, "a slot was given out where there is none"
+        return write_adapter(self._pool, self._config, slot, pages, adapter)
+
+    def clear(self, slot: int) -> None:
+        """Nobody's weights are in the slot any more."""
+        assert self._pool is not None, "a slot was given out where there is none"
+        clear_slot(self._pool, slot)
+
+
+class LoraDevice:
+    """Writes adapters to the device and proves them there (see `residency.AdapterDevice`).
+
+    pages: KV pages for PROBE_TOKENS tokens.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        vocab_size: int,
+        pages: list[int],
+        memory: AdapterMemory,
+    ) -> None:
+        self._executor = executor
+        self._tokens = probe_tokens(vocab_size)
+        self._pages = pages
+        self._memory = memory
+        self._base = self._logits(None)
+        if not torch.isfinite(self._base).all():
+            raise StartupError(
+                "the base's logits are not finite on the probe: its checkpoint is damaged or its dtype too narrow"
+            )
+
+    def write(self, slot: int, pages: tuple[int, ...], adapter: LoraAdapter) -> None:
+        """Bring the adapter to its slot; every tensor must be used."""
+        with _out_of_memory_refuses():
+            used = self._memory.write(slot, pages, adapter)
+        given = 2 * len(adapter.modules)
+        if used != given:
+            raise InvalidAdapter(f"only {used} of the adapter's {given} tensors have a place in this base")
+
+    def prove(self, slot: int) -> float:
+        """The largest absolute difference of the probe's logits from the base's."""
+        with _out_of_memory_refuses():
+            logits = self._logits(slot)
+        if not torch.isfinite(logits).all():
+            self._executor.clear_pages(self._pages)
+            raise InvalidAdapter("the adapter's logits are not finite on a probe: its weights or scaling are too large")
+        difference = float((logits - self._base).abs().max())
+        if difference == 0:
+            raise InvalidAdapter(
+                "the adapter changes nothing: on a probe its logits equal the base's (are its B matrices zero?)"
+            )
+        return difference
+
+    def clear(self, slot: int) -> None:
+        """Nobody's weights are in the slot any more."""
+        self._memory.clear(slot)
+
+    def page_bytes(self) -> int:
+        """Device bytes of one page of rank rows."""
+        return self._memory.page_bytes
+
+    def _logits(self, slot: int | None) -> torch.Tensor:
+        row = Row(
+            id=-1,
+            tokens=self._tokens,
+            prompt_length=len(self._tokens),
+            sampling=SamplingParams(max_tokens=1),
+            revision=None,
+            deadline=None,
+            priority=0,
+            arrival=0,
+            max_tokens=1,
+            pages=self._pages,
+            slot=slot,
+        )
+        count = len(self._tokens)
+        return self._executor.logits([Work(row, 0, count, logits=count, scores=0, samples=False)])
+
+
+@contextmanager
+def _out_of_memory_refuses() -> Iterator[None]:
+    """A device without memory refuses this adapter now, and nothing else."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise Unavailable("the device has no memory to load this adapter now", retry_after=5.0) from None

@@ -1,0 +1,169 @@
+"""The life of each adapter revision in the engine: read, brought to the device, proved, dropped.
+
+Owns the calls that wait for an answer, the proofs, and which revisions are refused. A proof belongs to the content
+and so to the revision: it is made when the revision first reaches the device, and holds as long as the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from adaplex_adapters.errors import AdaplexError, InternalError, InvalidAdapter, ModelNotFound
+from adaplex_adapters.spec import LoraAdapter
+from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
+from adaplex_server.engine.host_adapters import AdapterRead, HostAdapters, rank_pages
+from adaplex_server.engine.messages import AdapterDropped, AdapterFailed, AdapterLoaded, DropAdapter, LoadAdapter
+from adaplex_server.engine.placement import Placement
+from adaplex_server.engine.prefix_cache import PrefixCache
+from adaplex_server.engine.scheduler import Scheduler
+from adaplex_server.model.adapter_pool import RANK_PAGE
+
+
+class AdapterDevice(Protocol):
+    """Where adapters are written to. `prove` runs the probe in a slot and returns the largest absolute difference of
+    its logits from the base's; both raise InvalidAdapter.
+    """
+
+    def write(self, slot: int, pages: tuple[int, ...], adapter: LoraAdapter) -> None: ...
+    def prove(self, slot: int) -> float: ...
+    def clear(self, slot: int) -> None: ...
+    def page_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class _Call:
+    call: int
+    began: float
+
+
+class Residency:
+    """send: a message to the API process."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        placement: Placement,
+        slots: AdapterSlots,
+        hosts: HostAdapters,
+        cache: PrefixCache,
+        device: AdapterDevice,
+        send: Callable[[msgspec.Struct], None],
+    ) -> None:
+        self.loads = 0
+        self._scheduler = scheduler
+        self._placement = placement
+        self._slots = slots
+        self._hosts = hosts
+        self._cache = cache
+        self._device = device
+        self._send = send
+        self._proofs: dict[str, float] = {}
+        self._loading: dict[str, list[_Call]] = {}
+        self._dropping: dict[str, list[int]] = {}
+        self._dropped: set[str] = set()
+
+    def refusal(self, revision: str | None) -> AdaplexError | None:
+        """Why no row of this revision may be queued, if it may not."""
+        if revision in self._dropped:
+            return ModelNotFound("this adapter has been unloaded; load it again to use it")
+        return None
+
+    def load(self, message: LoadAdapter, now: float) -> None:
+        """Have the revision read and proved. A drop that has not been carried out is given up: it is wanted again."""
+        revision = message.revision
+        self._dropped.discard(revision)
+        for call in self._dropping.pop(revision, []):
+            self._send(AdapterDropped(call, revision, 0))
+        self._loading.setdefault(revision, []).append(_Call(message.call, now))
+        if revision in self._proofs and self._slots.slot(revision) is not None:
+            self._answer(revision, now)
+        else:
+            self._placement.claim(revision, self._scheduler.next_order())
+
+    def drop(self, message: DropAdapter) -> None:
+        """Refuse new rows of the revision from now on; `settle_drops` forgets it when its last row has ended."""
+        self._dropped.add(message.revision)
+        self._dropping.setdefault(message.revision, []).append(message.call)
+
+    def settle_drops(self) -> None:
+        """Carry out the drops of revisions that nothing uses any more."""
+        for revision in list(self._dropping):
+            busy = self._placement.claimed(revision) or self._hosts.reading(revision)
+            if not busy and not self._scheduler.rows_of(revision):
+                freed = self._forget(revision)
+                for call in self._dropping.pop(revision):
+                    self._send(AdapterDropped(call, revision, freed))
+
+    def fetch(self) -> None:
+        """Have the most urgent absent revision read."""
+        absent = self._scheduler.absent()
+        if absent:
+            self._hosts.want(absent, self._scheduler.wanted())
+
+    def receive(self, read: AdapterRead) -> None:
+        """A read has ended."""
+        self._hosts.receive(read, self._scheduler.wanted())
+        if isinstance(read.result, Exception):
+            error = read.result
+            self._fail(read.revision, error if isinstance(error, AdaplexError) else InternalError(repr(error)))
+            return
+        pages, most = rank_pages(read.result), self._slots.pages_per_slot
+        if pages > most:
+            rank, rows = read.result.spec.rank, most * RANK_PAGE
+            what = f"rank {rank} does not fit: this server takes ranks up to {rows} (max_rank, adapter_bytes)"
+            self._fail(read.revision, InvalidAdapter(what))
+
+    def place(self, clock: Callable[[], float]) -> bool:
+        """Bring at most one adapter to its slot, with its proof if it has none yet. True if there was one."""
+        reservation = self._scheduler.place()
+        if reservation is None:
+            return False
+        try:
+            self._write(reservation)
+        except AdaplexError as error:
+            self._slots.remove(reservation.revision)
+            self._device.clear(reservation.slot.index)
+            self._fail(reservation.revision, error)
+        else:
+            self._answer(reservation.revision, clock())
+        return True
+
+    def _write(self, reservation: Reservation) -> None:
+        revision, slot = reservation.revision, reservation.slot
+        adapter = self._hosts.get(revision)
+        assert adapter is not None, "a slot was reserved for an adapter that is not in host memory"
+        self._device.write(slot.index, slot.pages, adapter)
+        self.loads += 1
+        if revision not in self._proofs:
+            self._proofs[revision] = self._device.prove(slot.index)
+
+    def _answer(self, revision: str, now: float) -> None:
+        self._placement.settle(revision)
+        slot = self._slots.slot(revision)
+        size = len(slot.pages) * self._device.page_bytes() if slot is not None else 0
+        for call in self._loading.pop(revision, []):
+            self._send(AdapterLoaded(call.call, revision, self._proofs[revision], size, now - call.began))
+
+    def _fail(self, revision: str, error: AdaplexError) -> None:
+        self._placement.settle(revision)
+        self._scheduler.fail_revision(revision, error)
+        self._forget(revision)
+        for call in self._loading.pop(revision, []):
+            self._send(AdapterFailed(call.call, revision, type(error).__name__, error.message))
+
+    def _forget(self, revision: str) -> int:
+        """Nothing of the revision stays; returns the bytes of device memory that are free again."""
+        freed = 0
+        slot = self._slots.slot(revision)
+        if slot is not None and not self._slots.pinned(revision):
+            self._slots.remove(revision)
+            self._device.clear(slot.index)
+            freed = len(slot.pages) * self._device.page_bytes()
+        self._hosts.forget(revision)
+        self._cache.drop_revision(revision)
+        self._proofs.pop(revision, None)
+        return freed

@@ -1,0 +1,92 @@
+"""One row in the engine: what was asked, and how far it has come. Owned and changed by the `Scheduler` alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from adaplex_server.vocabulary import SamplingParams, TokenLogprob
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence from its Submit to its RowEnd.
+
+    tokens: prompt and generated ones. max_tokens: as asked, or less where the context ends earlier. computed: tokens
+    whose keys and values lie in `pages`. digests: of the full pages so far, for the prefix cache. slot: the adapter's,
+    None for the base or while the row has never run. scores: log-probabilities of the prompt gathered so far.
+    kept_pages: how many of `pages` have been offered to the prefix cache. A preempted row has text and slot, no pages.
+    """
+
+    id: int
+    tokens: list[int]
+    prompt_length: int
+    sampling: SamplingParams
+    revision: str | None
+    deadline: float | None
+    priority: int
+    arrival: int
+    max_tokens: int
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    cached_tokens: int = 0
+    state: Literal["new", "waiting", "running", "preempted", "ended"] = "new"
+    kept_pages: int = 0
+    slot: int | None = None
+    scores: list[TokenLogprob | None] = field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: the lower priority value, then the earlier arrival. The last of this order is preempted."""
+        return (self.priority, self.arrival)
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that must be computed before the next one can be chosen."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def scoring(self) -> bool:
+        """The log-probabilities of the prompt are still to be gathered."""
+        return self.sampling.prompt_logprobs is not None and len(self.scores) < self.prompt_length
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does for a row: compute `count` tokens from `start`.
+
+    logits: of how many of them, counted from the last, the logits are wanted; scores: of how many, counted from the
+    first, the logits tell the next prompt token's log-probability. samples: the last one's logits choose a token.
+    """
+
+    row: Row
+    start: int
+    count: int
+    logits: int
+    scores: int
+    samples: bool
+
+
+def work_on(row: Row, count: int) -> Work:
+    """The next `count` tokens of a row, and what is wanted of their logits."""
+    start, end = row.computed, row.computed + count
+    samples = end == len(row.tokens) and row.max_tokens > 0
+    if row.scoring:
+        return Work(row, start, count, logits=count, scores=min(end, row.prompt_length - 1) - start, samples=samples)
+    return Work(row, start, count, logits=int(samples), scores=0, samples=samples)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the sampler says on a row. token: None where none was to be chosen. failed: its logits are not finite."""
+
+    token: int | None = None
+    failed: bool = False
+    logprob: TokenLogprob | None = None
+    scores: tuple[TokenLogprob, ...] = ()

@@ -1,0 +1,398 @@
+"""The rows of the next step. Pure logic: no torch, and the time is an argument.
+
+Owns every `Row` from `submit` to its end, and with it the row's pages and pin. A step is `place` (at most one adapter
+to bring to the device), `plan` (which tokens of which rows are computed), the forward, and `commit` for each piece of
+work; what clients must be told is collected until `take_events`.
+
+Rows that run keep running: decoding rows first, then prefills in chunks, then new rows while pages last. Where a page
+is missing, the last row in order gives up all of its pages and is computed again later (its text is kept, so it
+goes on with the same words); the first row in order is never preempted, so there is always progress.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, Overloaded, PromptTooLong, RowFailed, Unavailable
+from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
+from adaplex_server.engine.messages import RowEnd, RowToken, Submit
+from adaplex_server.engine.placement import Placement
+from adaplex_server.engine.prefix_cache import PrefixCache
+from adaplex_server.engine.row import Outcome, Row, Work, work_on
+from adaplex_server.engine.waiting import WaitingRows
+from adaplex_server.vocabulary import FinishReason, TokenLogprob
+
+_LEAST_STEP = 16
+"""Tokens below which a step is not made smaller."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_scores: prompt tokens of a step whose log-probabilities are wanted, at most (each one costs a row of logits).
+
+    eos: the model's own end tokens. max_context: tokens of a row, prompt and answer.
+    """
+
+    max_rows: int
+    max_waiting: int
+    max_step_tokens: int
+    max_context: int
+    max_scores: int
+    page_size: int
+    eos: frozenset[int] = frozenset()
+
+
+class Scheduler:
+    """Built from its parts, whose states it alone changes, but for `slots.remove` when a revision is dropped."""
+
+    def __init__(self, limits: Limits, cache: PrefixCache, slots: AdapterSlots, placement: Placement) -> None:
+        self.limits = limits
+        self.max_context = min(limits.max_context, cache.available * limits.page_size)
+        self.preemptions = 0
+        self.hit_tokens = 0
+        self.query_tokens = 0
+        self.step_tokens = limits.max_step_tokens
+        self._cache = cache
+        self._slots = slots
+        self._placement = placement
+        self._rows: dict[int, Row] = {}
+        self._waiting = WaitingRows()
+        self._preempted: list[Row] = []
+        self._running: list[Row] = []
+        self._arrivals = 0
+        self._pace = 0.1
+        self._last_end: float | None = None
+        self._tokens: list[RowToken] = []
+        self._ends: list[RowEnd] = []
+
+    # ---- what comes from outside -------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Rows that have not begun, and rows that were preempted."""
+        return len(self._waiting) + len(self._preempted)
+
+    @property
+    def running(self) -> int:
+        """Rows that hold pages."""
+        return len(self._running)
+
+    def next_order(self, priority: int = 0) -> tuple[int, int]:
+        """The place in the order of whatever arrives now."""
+        self._arrivals += 1
+        return (priority, self._arrivals)
+
+    def submit(self, message: Submit, now: float) -> None:
+        """Queue a row, or end it at once when it cannot be served."""
+        sampling, length = message.sampling, len(message.prompt)
+        row = Row(
+            id=message.row,
+            tokens=list(message.prompt),
+            prompt_length=length,
+            sampling=sampling,
+            revision=message.revision,
+            deadline=message.deadline,
+            priority=message.priority,
+            arrival=self.next_order()[1],
+            max_tokens=min(sampling.max_tokens, self.max_context - length),
+            scores=[None] if sampling.prompt_logprobs is not None else [],
+        )
+        self._rows[row.id] = row
+        context = self.max_context
+        if length == 0 or length > context or (length == context and sampling.max_tokens > 0):
+            what = f"a prompt of {length} tokens leaves no room for an answer: the context is {context} tokens"
+            self.fail(row, PromptTooLong(what if length else "the prompt is empty: send at least one token"))
+        elif sampling.max_tokens == 0 and not row.scoring:
+            self._end(row, "length")
+        elif len(self._waiting) >= self.limits.max_waiting:
+            wait = min(max(self._pace * len(self._waiting) / 2, 0.1), 60.0)
+            what = f"{len(self._waiting)} requests wait already, and that is the limit; retry in {wait:.1f} s"
+            self.fail(row, Overloaded(what, retry_after=wait))
+        else:
+            self._waiting.add(row)
+            row.state = "waiting"
+
+    def cancel(self, row_id: int) -> None:
+        """End the row now; unknown ones have just ended."""
+        row = self._rows.get(row_id)
+        if row is not None:
+            self._end(row, "cancelled")
+
+    def refuse(self, message: Submit, error: AdaplexError) -> None:
+        """End a row that is not to be queued at all."""
+        self._ends.append(_error_end(message.row, error))
+
+    def fail(self, row: Row, error: AdaplexError) -> None:
+        """End the row with an error."""
+        self._end(row, "error", error=error)
+
+    def fail_revision(self, revision: str, error: AdaplexError) -> None:
+        """End every row of a revision that cannot be served."""
+        for row in self.rows_of(revision):
+            self.fail(row, error)
+
+    def rows_of(self, revision: str) -> list[Row]:
+        """Rows of a revision that have not ended."""
+        return [row for row in self._rows.values() if row.revision == revision]
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of any row."""
+        return min((row.deadline for row in self._rows.values() if row.deadline is not None), default=None)
+
+    def take_events(self) -> tuple[list[RowToken], list[RowEnd]]:
+        """What has happened since the last call."""
+        events = (self._tokens, self._ends)
+        self._tokens, self._ends = [], []
+        return events
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def wanted(self) -> list[str]:
+        """Revisions that rows or loads wait for and that are not on the device."""
+        return self._placement.wanted(self._first_orders())
+
+    def absent(self) -> list[str]:
+        """Revisions to be read into host memory, most urgent first."""
+        return self._placement.absent(self._first_orders())
+
+    def place(self) -> Reservation | None:
+        """An adapter to be written to its slot before the next `plan`, if one is wanted and has room."""
+        return self._placement.place(self._first_orders(), room=len(self._running) < self.limits.max_rows)
+
+    def plan(self, now: float) -> list[Work]:
+        """The work of the next step, in the order of the rows; empty when nothing can run."""
+        self._expire(now)
+        preemptions, budget, scores = self.preemptions, self.step_tokens, self.limits.max_scores
+        decoding = [row for row in self._running if row.remaining == 1][:budget]
+        work = {row: work_on(row, 1) for row in decoding if self._grow(row)}
+        budget -= len(work)
+        if self.preemptions == preemptions:
+            self._admit(budget)
+        for row in self._running:
+            count = min(row.remaining, budget, scores if row.scoring else budget)
+            if count > 0 and row not in work:
+                work[row] = work_on(row, count)
+                budget -= count
+                scores -= work[row].scores
+        return sorted(work.values(), key=lambda w: w.row.order)
+
+    def commit(self, work: Work, outcome: Outcome, now: float) -> None:
+        """The step has computed this work: note it, and end the row if it is done."""
+        row = work.row
+        if self._rows.get(row.id) is not row:
+            return
+        if outcome.failed:
+            self._cache.condemn(row.pages)
+            what = (
+                "the numbers of this row are not finite (its adapter's weights may be too large); nothing else is hurt"
+            )
+            self.fail(row, RowFailed(what))
+            return
+        row.computed = work.start + work.count
+        row.scores.extend(outcome.scores)
+        self._keep_full_pages(row)
+        if outcome.token is not None:
+            self._accept(row, outcome.token, outcome, now)
+        elif row.max_tokens == 0 and row.remaining == 0:
+            self._end(row, "length", now=now)
+
+    def shrink(self, work: list[Work]) -> None:
+        """The device had no memory for this work, which was not done: ask for less of it next time. The last half of
+        the rows give up their pages; a row alone gets smaller steps; one that fits in no step ends.
+        """
+        count = len(self._running) // 2
+        for row in self._running[len(self._running) - count :]:
+            self._preempt(row)
+        if count == 0 and self.step_tokens > _LEAST_STEP:
+            self.step_tokens //= 2
+        elif count == 0:
+            self.fail(work[0].row, Unavailable("the device has no memory for this request now", retry_after=5.0))
+
+    def recover(self) -> None:
+        """Memory has sufficed for a while: steps may grow again."""
+        self.step_tokens = min(self.step_tokens * 2, self.limits.max_step_tokens)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _first_orders(self) -> dict[str, tuple[int, int]]:
+        return {revision: row.order for revision, row in self._waiting.heads().items()}
+
+    def _expire(self, now: float) -> None:
+        for row in [r for r in self._rows.values() if r.deadline is not None and r.deadline <= now]:
+            where = "generating" if row.generated else "in prefill" if row.state == "running" else "in the queue"
+            self.fail(row, DeadlineExceeded(f"the deadline passed while the request was {where}"))
+
+    def _grow(self, row: Row) -> bool:
+        """A page for the row's next token, by preempting the last row if need be (perhaps this one: then False)."""
+        if not row.pages:
+            return False
+        if row.computed < len(row.pages) * self.limits.page_size:
+            return True
+        while self._cache.available < 1:
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is row:
+                return False
+        row.pages.extend(self._cache.take(1))
+        return True
+
+    def _admit(self, budget: int) -> None:
+        """Begin rows while there are places, pages and tokens for them. A row that finds no pages holds up the others,
+        or it might wait for ever.
+        """
+        while len(self._running) < self.limits.max_rows and budget > 0:
+            row = self._next_row()
+            if row is None or not self._give_pages(row):
+                return
+            self._begin(row)
+            budget -= row.remaining
+
+    def _next_row(self) -> Row | None:
+        preempted = min(self._preempted, key=lambda row: row.order, default=None)
+        for priority in self._waiting.priorities():
+            if preempted is not None and preempted.priority <= priority:
+                return preempted
+            row = self._waiting.next(priority, self._placement.may_begin)
+            if row is not None:
+                return row
+        return preempted
+
+    def _give_pages(self, row: Row) -> bool:
+        """Pages for all that the row has to compute, known prefixes first; some are left for running rows to grow."""
+        size, total = self.limits.page_size, len(row.tokens)
+        found: list[int] = []
+        if self._cache.enabled and not row.scoring:
+            self._cache.extend_digests(row.digests, row.revision, row.tokens, (total - 1) // size)
+            found = self._cache.match(row.digests[: (total - 1) // size])
+        needed = -(-total // size) - len(found)
+        if self._cache.available < needed + min(len(self._running), self._cache.available // 8 + 1):
+            self._cache.give_back(found)
+            return False
+        row.pages = found + self._cache.take(needed)
+        row.computed = len(found) * size
+        return True
+
+    def _begin(self, row: Row) -> None:
+        if row.state == "preempted":
+            self._preempted.remove(row)
+        else:
+            self._waiting.remove(row, served=True)
+            row.cached_tokens = row.computed
+            row.slot = None if row.revision is None else self._slots.pin(row.revision)
+            self.hit_tokens += row.computed
+            self.query_tokens += row.prompt_length
+        row.state = "running"
+        self._running.append(row)
+        self._running.sort(key=lambda r: r.order)
+
+    def _preempt(self, row: Row) -> None:
+        """Give up the row's pages but not its slot: slots are then never waited for by a row that has begun."""
+        self._running.remove(row)
+        self._release(row)
+        row.computed = 0
+        if row.scoring:
+            row.scores = [None]
+        row.state = "preempted"
+        self._preempted.append(row)
+        self.preemptions += 1
+
+    def _keep_full_pages(self, row: Row) -> None:
+        if not self._cache.enabled:
+            return
+        full = row.computed // self.limits.page_size
+        self._cache.extend_digests(row.digests, row.revision, row.tokens, full)
+        for i in range(row.kept_pages, full):
+            self._cache.insert(row.digests[i], row.revision, row.pages[i])
+        row.kept_pages = full
+
+    def _accept(self, row: Row, token: int, outcome: Outcome, now: float) -> None:
+        sampling = row.sampling
+        if token in sampling.stop_token_ids or (token in self.limits.eos and not sampling.ignore_eos):
+            self._end(row, "stop", stop=(token, outcome.logprob), now=now)
+            return
+        first = row.generated == 0
+        row.tokens.append(token)
+        scores = row.scores if first and sampling.prompt_logprobs is not None else None
+        cached = row.cached_tokens if first else 0
+        self._tokens.append(RowToken(row.id, token, outcome.logprob, scores, cached))
+        if row.generated >= row.max_tokens:
+            self._end(row, "length", now=now)
+
+    def _release(self, row: Row) -> None:
+        self._cache.give_back(row.pages)
+        row.pages = []
+        row.kept_pages = 0
+
+    def _end(
+        self,
+        row: Row,
+        reason: FinishReason,
+        *,
+        error: AdaplexError | None = None,
+        stop: tuple[int | None, TokenLogprob | None] = (None, None),
+        now: float | None = None,
+    ) -> None:
+        """The row's one final word; everything it holds is given back."""
+        del self._rows[row.id]
+        if row.state == "running":
+            self._running.remove(row)
+        elif row.state == "preempted":
+            self._preempted.remove(row)
+        elif row.state == "waiting":
+            self._waiting.remove(row)
+        row.state = "ended"
+        self._release(row)
+        if row.slot is not None and row.revision is not None:
+            self._slots.unpin(row.revision)
+        if error is not None:
+            self._ends.append(_error_end(row.id, error))
+        else:
+            scores = row.scores if row.generated == 0 and row.scores and not row.scoring else None
+            self._ends.append(RowEnd(row.id, reason, stop_token=stop[0], prompt_logprobs=scores, stop_logprob=stop[1]))
+        self._note_pace(now)
+
+    def _note_pace(self, now: float | None) -> None:
+        """Seconds between two rows that end by themselves, smoothed: what a full queue's retry hint is made of."""
+        if now is None:
+            return
+        if self._last_end is not None:
+            self._pace += 0.1 * (now - self._last_end - self._pace)
+        self._last_end = now
+
+    def held_pages(self) -> list[list[int]]:
+        """The pages of every running row (for the pool's audit)."""
+        return [row.pages for row in self._running]
+
+    def check_integrity(self) -> None:
+        """Every row is in one place, holds what that place allows, and pins add up."""
+        waiting = list(self._waiting)
+        places = {"waiting": waiting, "running": self._running, "preempted": self._preempted}
+        assert all(row.state == state for state, rows in places.items() for row in rows), "a row is in a wrong place"
+        assert {row.id for rows in places.values() for row in rows} == set(self._rows), "a row is lost"
+        assert len(waiting) == len(self._waiting) and sum(map(len, places.values())) == len(self._rows), (
+            "a row is twice"
+        )
+        assert self._running == sorted(self._running, key=lambda row: row.order), "running rows are out of order"
+        size = self.limits.page_size
+        for row in self._rows.values():
+            if row.state == "running":
+                assert row.computed <= len(row.pages) * size <= len(row.tokens) + size, (
+                    "a row has too few or many pages"
+                )
+                assert row.remaining > 0 and len(row.tokens) <= self.max_context, "a row has nothing to compute"
+            else:
+                assert not row.pages and not row.computed, "a row that does not run holds pages"
+            assert (row.slot is not None) == (row.revision is not None and row.state != "waiting"), (
+                "a row's pin is wrong"
+            )
+        begun = [row for row in self._rows.values() if row.slot is not None]
+        for revision in {row.revision for row in begun if row.revision is not None}:
+            pins = sum(row.revision == revision for row in begun)
+            assert self._slots.pinned(revision) == pins, f"adapter {revision[:12]} has wrong pins"
+            held = self._slots.slot(revision)
+            assert held is not None and all(r.slot == held.index for r in begun if r.revision == revision), "slot moved"
+
+
+def _error_end(row: int, error: AdaplexError) -> RowEnd:
+    name = type(error).__name__
+    return RowEnd(row, "error", error=name, message=error.message, retry_after=error.retry_after)
