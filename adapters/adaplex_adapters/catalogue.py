@@ -64,6 +64,9 @@ class Catalogue:
             if not path.exists():
                 _create(path)
             self._connection = _open(path)
+        except StorageFailed as error:
+            os.close(self._held)
+            raise StartupError(f"{error.message} Choose another data folder, or make this one writable.") from error
         except BaseException:
             os.close(self._held)
             raise
@@ -127,15 +130,18 @@ class Catalogue:
 
 
 def peek(path: Path) -> tuple[CatalogueEntry, ...]:
-    """The entries at this moment, by name, without holding the catalogue: a server may be using it. () without a file."""
+    """The entries of a catalogue by name, read without holding it, also while a server does; empty when there is none.
+
+    Raises StartupError when the file cannot be used.
+    """
     if not path.exists():
         return ()
-    with _sqlite_errors("Reading the catalogue"):
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
-        try:
+    connection = _check(path)
+    try:
+        with _sqlite_errors("Reading the catalogue"):
             rows = connection.execute(f"SELECT {_COLUMNS} FROM adapters ORDER BY name").fetchall()
-        finally:
-            connection.close()
+    finally:
+        connection.close()
     return tuple(_entry(row) for row in rows)
 
 
@@ -176,6 +182,17 @@ def _create(path: Path) -> None:
 
 
 def _open(path: Path) -> sqlite3.Connection:
+    """The catalogue, writable, once it is known to be ours and whole."""
+    _check(path).close()
+    with _sqlite_errors("Opening the catalogue"):
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def _check(path: Path) -> sqlite3.Connection:
+    """A read-only connection to a catalogue that is ours, whole and of a known version; StartupError otherwise."""
     advice = "It was left as it is: restore it from a backup, or move it away and load the adapters again."
     if path.stat().st_size == 0:
         raise StartupError(f"The catalogue {path.name} is damaged: it is empty. {advice}")
@@ -196,10 +213,6 @@ def _open(path: Path) -> sqlite3.Connection:
             raise StartupError(f"The catalogue {path.name} is damaged ({str(state)[:100]}). {advice}")
         for row in connection.execute(f"SELECT {_COLUMNS} FROM adapters"):
             _entry(row)
-        connection.close()
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
     except (sqlite3.Error, ValueError, TypeError) as error:
         connection.close()
         raise StartupError(f"The catalogue {path.name} cannot be used ({error}). {advice}") from error
