@@ -81,6 +81,11 @@ class NestedAbsmax:
         group = (self.row_start[:, None] + blocks).div_(GROUP, rounding_mode="floor")
         return self.table[self.codes.int()] * self.scales[group] + self.row_offset[:, None]
 
+    def cpu(self) -> NestedAbsmax:
+        """The same on the host."""
+        parts = (self.codes, self.table, self.scales, self.row_start, self.row_offset)
+        return NestedAbsmax(*(part.cpu() for part in parts))
+
     def nbytes(self) -> int:
         """Bytes of all but the table, which all weights share."""
         return self.codes.nbytes + self.scales.nbytes + self.row_start.nbytes + self.row_offset.nbytes
@@ -195,6 +200,11 @@ def fuse(weights: Sequence[Nf4Weight]) -> Nf4Weight:
     return Nf4Weight(rows, weights[0].in_features, codes, absmax)
 
 
+def unpack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Bytes [n] of two codes each to [2 n] codes, one a byte."""
+    return torch.stack([codes >> 4, codes & 15], dim=1).view(-1)
+
+
 def dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[N, K] in dtype: the product in float32, then rounded. In pieces, so that no more than the result is large."""
     size, device = weight.out_features * weight.in_features, weight.codes.device
@@ -210,11 +220,6 @@ def dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> torch.T
             values[whole:].mul_(scales[whole // BLOCK])
         out[begin : begin + _CHUNK] = values
     return out.view(weight.out_features, weight.in_features)
-
-
-def repack(weight: Nf4Weight) -> Nf4Weight:
-    """Called once at load with each (fused) weight, on its device: the place for a kernel's own layout."""
-    return weight
 
 
 def linear(x: torch.Tensor, weight: Nf4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

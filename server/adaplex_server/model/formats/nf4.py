@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,11 @@ from adaplex_adapters.errors import StartupError
 from adaplex_server.kernels import nf4, nf4_cpu
 from adaplex_server.kernels.blockwise8 import GROUP
 from adaplex_server.model.checkpoint import Checkpoint
+from adaplex_server.model.formats.packed4 import dequantize_exact
 from adaplex_server.model.linear import Linear
+
+if TYPE_CHECKING:
+    from adaplex_server.kernels.gpu.linear4 import Packed4
 
 STATE = "quant_state.bitsandbytes__nf4"
 
@@ -78,13 +82,57 @@ class PackedNf4Linear:
         return self.packed.codes.nbytes + self.packed.absmax.nbytes + exact + bias
 
 
+@dataclass(frozen=True)
+class GpuNf4Linear:
+    """Multiplies with our own GPU kernel. absmax: the exact one on the host, as only `dequantized` needs it. bias:
+    [out_features] or None.
+    """
+
+    packed: Packed4
+    absmax: torch.Tensor | nf4.NestedAbsmax
+    bias: torch.Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.packed.k
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.n
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        from adaplex_server.kernels.gpu.linear4 import linear4
+
+        return linear4(x, self.packed, self.bias)
+
+    def dequantized(self) -> torch.Tensor:
+        absmax = self.absmax.dequantized() if isinstance(self.absmax, nf4.NestedAbsmax) else self.absmax
+        return dequantize_exact(self.packed, absmax.view(self.out_features, -1), None)
+
+    def nbytes(self) -> int:
+        return self.packed.nbytes() + (self.bias.nbytes if self.bias is not None else 0)
+
+
 def nf4_linear(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
     """The fastest implementation for where the weight is and for activations of `dtype`."""
+    if weight.codes.is_cuda and weight.row_aligned and dtype != torch.float32:
+        return _on_gpu(weight, bias, dtype)
     if dtype == torch.bfloat16 and nf4_cpu.fits(weight):
         multiply = nf4_cpu.library()
         if multiply is not None:
             return PackedNf4Linear(nf4_cpu.pack(weight), weight.absmax, multiply, bias)
-    return Nf4Linear(nf4.repack(weight), bias)
+    return Nf4Linear(weight, bias)
+
+
+def _on_gpu(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+    from adaplex_server.kernels.gpu.linear4 import pack
+
+    rows, columns = weight.out_features, weight.in_features
+    absmax = weight.plain_absmax().view(rows, -1)
+    codes = nf4.unpack_codes(weight.codes).view(rows, columns)
+    packed = pack(codes, absmax, None, "nf4", nf4.BLOCK, dtype, weight.codes.device)
+    exact = weight.absmax.cpu()  # of either kind
+    return GpuNf4Linear(packed, exact, bias)
 
 
 def is_nf4(checkpoint: Checkpoint, path: str) -> bool:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from adaplex_server.kernels import nf4
+from adaplex_server.kernels import gptq, nf4
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.formats.dense import DenseLinear
+from adaplex_server.model.formats.gptq import GptqFormat, gptq_linear, is_gptq, read_gptq
 from adaplex_server.model.formats.nf4 import is_nf4, nf4_linear, read_nf4
 from adaplex_server.model.formats.split import SplitLinear
 from adaplex_server.model.linear import Linear
@@ -34,7 +35,7 @@ class Place:
     device: torch.device
 
 
-Weight = torch.Tensor | nf4.Nf4Weight
+Weight = torch.Tensor | nf4.Nf4Weight | gptq.GptqWeight
 ReadWeight = Callable[[Checkpoint, Module, Place], Weight]
 
 
@@ -61,6 +62,17 @@ def read_bitsandbytes(checkpoint: Checkpoint, module: Module, place: Place) -> W
     return read_dense(checkpoint, module, place)
 
 
+def reading_gptq(form: GptqFormat) -> ReadWeight:
+    """GPTQ as saved, or dense where the module was left out of quantization."""
+
+    def read(checkpoint: Checkpoint, module: Module, place: Place) -> Weight:
+        if is_gptq(checkpoint, module.path):
+            return read_gptq(checkpoint, module.path, module.out_features, module.in_features, form, place.device)
+        return read_dense(checkpoint, module, place)
+
+    return read
+
+
 def join(weights: Sequence[Weight], biases: Sequence[torch.Tensor | None], place: Place) -> Linear:
     """One linear of several that share their input, stored as one where the format allows it without changing a
     value.
@@ -72,6 +84,10 @@ def join(weights: Sequence[Weight], biases: Sequence[torch.Tensor | None], place
     if len(four_bit) == len(weights) and (len(weights) == 1 or all(weight.row_aligned for weight in four_bit)):
         fused = four_bit[0] if len(four_bit) == 1 else nf4.fuse(four_bit)
         return nf4_linear(fused, _join_biases(weights, biases), place.dtype)
+    grouped = [weight for weight in weights if isinstance(weight, gptq.GptqWeight)]
+    joined = gptq.fuse(grouped) if len(grouped) == len(weights) else None
+    if joined is not None:
+        return gptq_linear(joined, _join_biases(weights, biases), place.dtype)
     return SplitLinear(tuple(join([w], [b], place) for w, b in zip(weights, biases, strict=True)))
 
 
