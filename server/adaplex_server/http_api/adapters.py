@@ -86,7 +86,7 @@ class Adapters:
         return json_response(_told(self._service.registry.describe(request.path_params["name"])))
 
     async def upload(self, request: Request) -> Response:
-        """Answered when the adapter is proved and durable; once all bytes are here, a client that leaves changes nothing."""
+        """Answered when the adapter is proved and durable. Once all bytes are here, the client may leave."""
         registry = self._service.registry
         with registry.staging() as staging:
             received = await receive_upload(request, staging, self._settings)

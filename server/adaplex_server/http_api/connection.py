@@ -34,19 +34,19 @@ def bounded_protocol(settings: HttpSettings) -> type[asyncio.Protocol]:
             self._head_arrived()
             super().connection_lost(exc)
 
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._head_timer is None or self.transport.is_closing():
+                return
+            self._head_bytes += len(data)  # the parser keeps an incomplete head, without a bound of its own
+            if self._head_bytes > settings.max_header_bytes:
+                self.send_400_response(f"The request's head is larger than {settings.max_header_bytes} bytes.")
+
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._head_bytes = self._discarded = 0
             if self._head_timer is None:
                 self._expect_head()
-
-        def on_url(self, url: bytes) -> None:
-            self._count_head(len(url))
-            super().on_url(url)
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            self._count_head(len(name) + len(value) + 4)
-            super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             self._head_arrived()
@@ -76,11 +76,6 @@ def bounded_protocol(settings: HttpSettings) -> type[asyncio.Protocol]:
         def _close(self) -> None:
             if not self.transport.is_closing():
                 self.transport.close()
-
-        def _count_head(self, size: int) -> None:
-            self._head_bytes += size
-            if self._head_bytes > settings.max_header_bytes:  # the parser turns this into send_400_response
-                raise ValueError("the request's head is too large")
 
     return BoundedProtocol
 

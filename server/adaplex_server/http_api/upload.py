@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from starlette.requests import Request
 
-from adaplex_adapters.errors import InvalidAdapter, InvalidRequest, RequestTooLarge, StorageFailed
+from adaplex_adapters.durable import disk_errors
+from adaplex_adapters.errors import InvalidAdapter, InvalidRequest, RequestTooLarge
+from adaplex_adapters.uploads import UploadLimits, unpack_archive
 from adaplex_server.http_api.body import body_chunks
 from adaplex_server.http_api.multipart import PartBegin, PartData, PartEvent, split_parts
 from adaplex_server.http_api.settings import HttpSettings
@@ -44,25 +47,15 @@ async def receive_upload(request: Request, staging: Path, settings: HttpSettings
     folder = staging / "adapter"
     upload = _Upload(folder)
     chunks = _limited(body_chunks(request.receive, settings.body_idle), limit)
-    try:
+    with disk_errors("Storing the upload"), closing(upload):
         folder.mkdir()
         async for part in split_parts(request.headers.get("content-type", ""), chunks):
             await upload.take(part)
         archive = upload.finish()
-    except OSError as error:
-        raise StorageFailed(f"The upload cannot be stored ({error.strerror}); nothing of it is kept.") from error
-    finally:
-        upload.close()
     if archive is not None:
         folder = staging / "unpacked"
-        await asyncio.to_thread(_unpack, archive, folder)
+        await asyncio.to_thread(unpack_archive, archive, folder, UploadLimits(max_bytes=limit))
     return Received(upload.name, folder)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    from adaplex_adapters.uploads import unpack_archive
-
-    unpack_archive(archive, folder)
 
 
 async def _limited(chunks: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:

@@ -10,8 +10,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
-    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     WithJsonSchema,
@@ -19,8 +17,6 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_plain_validator_function
-
-MAX_LIST = 100_000
 
 
 class RequestModel(BaseModel):
@@ -70,6 +66,12 @@ def _stop(value: Any) -> Any:
     raise ValueError("must be a string or a list of strings")
 
 
+def _token_ids(value: Any) -> tuple[int, ...] | None:
+    if value is None or (isinstance(value, list) and all(type(one) is int for one in value)):
+        return None if value is None else tuple(value)
+    raise ValueError("must be a list of token ids")
+
+
 def _token_biases(value: Any) -> dict[int, float] | None:
     if value is None:
         return None
@@ -95,7 +97,11 @@ LogitBias = Annotated[
     BeforeValidator(_token_biases),
     WithJsonSchema({"anyOf": [{"type": "object", "additionalProperties": {"type": "number"}}, {"type": "null"}]}),
 ]
-TokenIds = Annotated[list[int], FailFast(), Field(max_length=MAX_LIST)]
+TokenIds = Annotated[
+    Any,
+    BeforeValidator(_token_ids),
+    WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "null"}]}),
+]
 
 
 class StreamOptions(RequestModel):

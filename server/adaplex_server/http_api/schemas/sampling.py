@@ -27,7 +27,7 @@ class SamplingFields(RequestModel):
     repetition_penalty: float | None = None
     logit_bias: LogitBias = None
     stop: Stop = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: TokenIds = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
