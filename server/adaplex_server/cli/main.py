@@ -7,6 +7,7 @@ import sys
 import typer
 
 from adaplex_adapters.errors import AdaplexError, StartupError
+from adaplex_server.cli import adapters, bench
 from adaplex_server.cli.serve import serve
 
 app = typer.Typer(
@@ -16,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve)
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,108 @@
+"""`adaplex bench`: measures, and prints each figure as a JSON line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adaplex_adapters.errors import InvalidRequest
+
+app = typer.Typer(help="Measure; every figure is a JSON line.", no_args_is_help=True)
+
+Rows = Annotated[
+    str, typer.Option(help="Batches to measure, as ROWS:ADAPTERS (0 adapters: the base alone), with commas.")
+]
+Prompt = Annotated[int, typer.Option(help="Tokens of each prompt.")]
+Output = Annotated[int, typer.Option(help="Tokens of each answer.")]
+Rank = Annotated[int, typer.Option(help="Rank of the random LoRA adapters, on every linear.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.")]
+
+
+@app.command()
+def engine(
+    shape: Annotated[
+        str, typer.Option(help="135m, 1.7b or 8b with random weights, or 'embedded' for the real one.")
+    ] = "135m",
+    format: Annotated[str, typer.Option(help="nf4, gptq or none; the embedded base is NF4.")] = "nf4",
+    batches: Rows = "1:0,8:0,8:4",
+    prompt: Prompt = 32,
+    output: Output = 64,
+    rank: Rank = 8,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one unless given.")] = "auto",
+    threads: Threads = None,
+    page_size: Annotated[int, typer.Option(help="Tokens in a KV page.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Times that each batch is run.")] = 3,
+) -> None:
+    """The engine alone: time of prefill and of a decode step."""
+    import torch
+
+    from adaplex_loadtest import engine_bench, shapes
+    from adaplex_server.bases.embedded import ensure_embedded
+    from adaplex_server.engine.assembly import choose_device
+    from adaplex_server.model.base import load_base
+    from adaplex_server.model.config import read_config
+    from adaplex_server.model.random_base import random_base
+
+    place, kind = choose_device(device), getattr(torch, dtype)
+    measured = [engine_bench.Batch(r, k, prompt, output) for r, k in _batches(batches)]
+    if shape == "embedded":
+        folder = ensure_embedded()
+        config = read_config(folder)
+        base = load_base(folder, config=config, quantize="nf4", double_quant=True, dtype=kind, device=place)
+    elif shape in shapes.SHAPES:
+        base = random_base(shapes.shape_config(shape), format, dtype=kind, device=place)  # type: ignore[arg-type]
+    else:
+        raise InvalidRequest(f"no shape '{shape}'; there are {', '.join(shapes.SHAPES)} and embedded")
+    with tempfile.TemporaryDirectory() as store:
+        settings = engine_bench.settings_for(measured, rank, Path(store), threads=threads, page_size=page_size)
+        engine_bench.bench(base, settings, measured, rank, repeats)
+
+
+@app.command()
+def serve(
+    url: Annotated[str, typer.Option(help="The running server.")] = "http://127.0.0.1:8000",
+    models: Annotated[str | None, typer.Option(help="Models, with commas; all of the server unless given.")] = None,
+    streams: Annotated[int, typer.Option(help="Streams at once.")] = 64,
+    requests: Annotated[int, typer.Option(help="Requests in all.")] = 128,
+    prompt: Annotated[int, typer.Option(help="Words of each prompt.")] = 32,
+    output: Output = 64,
+) -> None:
+    """A running server over real HTTP, streaming."""
+    from adaplex_loadtest import serve_bench
+
+    async def measure() -> None:
+        names = tuple(models.split(",")) if models else await serve_bench.models_of(url)
+        await serve_bench.run(serve_bench.Load(url, names, streams, requests, prompt, output))
+
+    asyncio.run(measure())
+
+
+@app.command()
+def peft(
+    batches: Rows = "1:0,8:4",
+    prompt: Prompt = 32,
+    output: Output = 64,
+    rank: Rank = 8,
+    threads: Threads = None,
+    repeats: Annotated[int, typer.Option(help="Times that each side is run, in turn; the best counts.")] = 3,
+) -> None:
+    """The same work by transformers and PEFT and by the engine, in one run, with the ratio."""
+    from adaplex_loadtest import compare_bench
+
+    compare_bench.compare(_batches(batches), prompt, output, rank, threads, repeats)
+
+
+def _batches(text: str) -> list[tuple[int, int]]:
+    try:
+        pairs = [tuple(int(number) for number in part.split(":")) for part in text.split(",")]
+        if any(len(pair) != 2 or pair[0] < 1 or not 0 <= pair[1] <= pair[0] for pair in pairs):
+            raise ValueError
+    except ValueError:
+        raise InvalidRequest(f"{json.dumps(text)} is not a list of ROWS:ADAPTERS such as 1:0,8:4") from None
+    return [(pair[0], pair[1]) for pair in pairs]
