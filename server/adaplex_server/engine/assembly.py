@@ -13,6 +13,7 @@ from adaplex_adapters.spec import LoraAdapter
 from adaplex_adapters.store import AdapterStore
 from adaplex_server.engine.engine import Engine, Inbox
 from adaplex_server.engine.executor import Executor
+from adaplex_server.engine.host_adapters import AdapterReader
 from adaplex_server.engine.memory import MemoryPlan, ModelBytes, free_bytes, plan_memory
 from adaplex_server.engine.messages import EngineInfo, Progress
 from adaplex_server.engine.parts import Parts, Send, connect
@@ -98,8 +99,7 @@ def _build_parts(
         plan,
         executor=executor,
         device=lambda pages: LoraDevice(executor, config.vocab_size, pages, memory),
-        read=read,
-        deliver=inbox.put,
+        start_read=AdapterReader(read, inbox.put),
         send=send,
         eos=eos,
         max_scores=max_scores(config),

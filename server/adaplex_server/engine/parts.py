@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from adaplex_adapters.spec import LoraAdapter
 from adaplex_server.engine.adapter_slots import AdapterSlots
 from adaplex_server.engine.executor import Executor
-from adaplex_server.engine.host_adapters import AdapterRead, AdapterReader, HostAdapters
+from adaplex_server.engine.host_adapters import HostAdapters
 from adaplex_server.engine.memory import MemoryPlan
 from adaplex_server.engine.page_pool import PagePool
 from adaplex_server.engine.placement import Placement
@@ -49,20 +48,19 @@ def connect(
     *,
     executor: Executor,
     device: Callable[[list[int]], AdapterDevice],
-    read: Callable[[str], LoraAdapter],
-    deliver: Callable[[AdapterRead], None],
+    start_read: Callable[[str], None],
     send: Send,
     eos: frozenset[int],
     max_scores: int,
 ) -> Parts:
-    """device: makes the adapter device from the probe's KV pages. read: an adapter from the store, in a thread of its
-    own; deliver: takes the result there. max_scores: see `Limits`.
+    """device: makes the adapter device from the probe's KV pages. start_read: has an adapter read, which comes back as
+    an `AdapterRead` in the inbox. max_scores: see `Limits`.
     """
     pool = PagePool(plan.kv_pages)
     probe_pages = pool.take(plan.probe_pages)
     cache = PrefixCache(pool, settings.page_size, settings.prefix_cache)
     slots = AdapterSlots(settings.max_slots, plan.adapter_pages, plan.pages_per_slot)
-    hosts = HostAdapters(settings.host_adapter_bytes, AdapterReader(read, deliver))
+    hosts = HostAdapters(settings.host_adapter_bytes, start_read)
     placement = Placement(slots, hosts.rank_pages)
     limits = Limits(
         max_rows=min(settings.max_rows, settings.max_step_tokens),

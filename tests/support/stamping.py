@@ -1,0 +1,199 @@
+"""A model whose answer tells everything that it read: a wrong adapter, a shifted row or a stale page changes the tokens.
+
+Each token's key is (token, stamp of its adapter, position), written to and read back from the paged KV; the logits are
+a fixed random vector chosen by a hash over all keys that the row's page table shows. The stamp is read through the
+slot's rank pages, as weights would be.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from adaplex_adapters.errors import InvalidAdapter, StorageFailed
+from adaplex_adapters.spec import AdapterSpec, LoraAdapter
+from adaplex_server.engine.engine import Engine
+from adaplex_server.engine.executor import Executor
+from adaplex_server.engine.host_adapters import AdapterRead
+from adaplex_server.engine.memory import MemoryPlan
+from adaplex_server.engine.messages import RowEnd, RowToken, StepDone
+from adaplex_server.engine.parts import Parts, connect
+from adaplex_server.engine.sampler import Sampler
+from adaplex_server.engine.settings import EngineSettings
+from adaplex_server.engine.step_batch import build_step
+from adaplex_server.model.batch import StepBatch
+from adaplex_server.model.kv_cache import KvCache
+
+VOCAB = 97
+EOS = 3
+_ANSWERS = 64
+POISON = 900
+"""Stamps from here on give NaN where the hash is divisible by 5, and write it to the KV."""
+
+
+def fake_adapter(revision: str, rank: int, nbytes: int = 100) -> LoraAdapter:
+    """An adapter without tensors: the stamp is in its name ("r7" is stamp 7)."""
+    return LoraAdapter(AdapterSpec(revision, "lora", rank, (), 0, nbytes, ""), {})
+
+
+def stamp_of(revision: str) -> int:
+    return int(revision[1:])
+
+
+@dataclass
+class StampDevice:
+    """AdapterDevice: slots have pages, pages have stamps."""
+
+    pages: dict[int, int] = field(default_factory=dict)
+    slots: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    useless: frozenset[str] = frozenset()
+
+    def write(self, slot: int, pages: tuple[int, ...], adapter: LoraAdapter) -> None:
+        self.slots[slot] = pages
+        self.pages.update(dict.fromkeys(pages, stamp_of(adapter.spec.revision)))
+        self._last = adapter.spec.revision
+
+    def prove(self, slot: int) -> float:
+        if self._last in self.useless:
+            raise InvalidAdapter("the adapter changes nothing")
+        return 1.0
+
+    def clear(self, slot: int) -> None:
+        for page in self.slots.pop(slot):
+            self.pages.pop(page, None)
+
+    def page_bytes(self) -> int:
+        return 1000
+
+    def stamp(self, slot: int) -> int:
+        if slot < 0:
+            return 0
+        stamps = {self.pages.get(page, -1) for page in self.slots[slot]}
+        return stamps.pop() if len(stamps) == 1 else -2
+
+
+class StampModel:
+    """ForwardModel; see the module."""
+
+    def __init__(self, device: StampDevice) -> None:
+        self._device = device
+        self._answers = torch.randn(_ANSWERS, VOCAB, generator=torch.Generator().manual_seed(5)) * 2
+        self.fail_next = 0
+        self.largest_step = 0
+
+    def forward(self, batch: StepBatch, kv: KvCache) -> torch.Tensor:
+        self.largest_step = max(self.largest_step, len(batch.tokens))
+        if self.fail_next:
+            self.fail_next -= 1
+            raise torch.OutOfMemoryError("pretended")
+        stamps = torch.tensor([self._device.stamp(slot) for slot in batch.row_slots])
+        of_token = stamps[batch.row_of_token.long()]
+        keys = torch.stack([batch.tokens, of_token, batch.positions], -1).float()
+        kv.keys[0].view(-1, 3)[batch.kv_slots] = keys
+        out = torch.empty(len(batch.logit_tokens), VOCAB)
+        for i, t in enumerate(batch.logit_tokens.tolist()):
+            row, position = int(batch.row_of_token[t]), int(batch.positions[t])
+            seen = kv.keys[0][batch.page_table[row].long()].view(-1, 3)[: position + 1].double()
+            steps = torch.arange(position + 1, dtype=torch.float64)
+            hashed = (seen[:, 0] * (2 * steps + 3) + seen[:, 1] * (5 * steps + 7) + seen[:, 2] * 11).sum()
+            if of_token[t] >= POISON and (torch.isnan(hashed) or int(hashed) % 5 == 0):
+                kv.keys[0].view(-1, 3)[batch.kv_slots[t]] = torch.nan
+                out[i] = torch.nan
+            else:
+                out[i] = self._answers[int(hashed * 31 + of_token[t]) % _ANSWERS]
+        return out
+
+
+@dataclass
+class World:
+    """An engine around the stamping model, with a clock and a store that the test moves by hand."""
+
+    engine: Engine
+    parts: Parts
+    model: StampModel
+    inbox: queue.SimpleQueue
+    sent: list[msgspec.Struct]
+    asked: list[str]
+    ranks: dict[str, int]
+    now: list[float]
+    tokens: dict[int, list[RowToken]] = field(default_factory=dict)
+    ends: dict[int, list[RowEnd]] = field(default_factory=dict)
+    other: list[msgspec.Struct] = field(default_factory=list)
+
+    def step(self) -> bool:
+        """Handle what has come, make a step, audit everything, and sort what was sent."""
+        assert self.engine.take_messages(wait=False)
+        busy = self.engine.step()
+        self.parts.check_integrity()
+        for message in self.sent:
+            if isinstance(message, StepDone):
+                for token in message.tokens:
+                    assert token.row not in self.ends, "a token after the end of its row"
+                    self.tokens.setdefault(token.row, []).append(token)
+                for end in message.ends:
+                    self.ends.setdefault(end.row, []).append(end)
+            else:
+                self.other.append(message)
+        self.sent.clear()
+        return busy
+
+    def deliver(self) -> None:
+        """The store's thread finishes what it was asked for."""
+        while self.asked:
+            revision = self.asked.pop(0)
+            rank = self.ranks.get(revision)
+            gone = StorageFailed(f"no {revision} in the store")
+            self.inbox.put(AdapterRead(revision, gone if rank is None else fake_adapter(revision, rank)))
+
+    def settle(self, steps: int = 3000) -> None:
+        """Until nothing is left to do."""
+        for _ in range(steps):
+            self.deliver()
+            if not self.step() and not self.asked:
+                return
+        raise AssertionError(f"not idle after {steps} steps: {self.engine.stats()}")
+
+    def text(self, row: int) -> list[int]:
+        return [token.token for token in self.tokens.get(row, [])]
+
+
+def make_world(
+    ranks: dict[str, int],
+    *,
+    kv_pages: int = 64,
+    page_size: int = 4,
+    slots: int = 3,
+    adapter_pages: int = 9,
+    context: int = 64,
+    max_scores: int = 8,
+    useless: frozenset[str] = frozenset(),
+    **settings: int | bool,
+) -> World:
+    """ranks: of the adapters in the store. The pools are tiny on purpose."""
+    chosen = EngineSettings(
+        base="", store="", base_name="", page_size=page_size, max_slots=slots, **{"max_step_tokens": 16, **settings}
+    )
+    plan = MemoryPlan(kv_pages + 1, 2, adapter_pages + 1, 4, context)
+    device = StampDevice(useless=useless)
+    model = StampModel(device)
+    kv = KvCache.allocate(1, kv_pages + 1, page_size, 1, 3, torch.float32, torch.device("cpu"))
+    inbox: queue.SimpleQueue = queue.SimpleQueue()
+    sent: list[msgspec.Struct] = []
+    asked: list[str] = []
+    now = [0.0]
+    build: Callable = lambda work: build_step(work, page_size, torch.device("cpu"))  # noqa: E731
+    parts = connect(
+        chosen,
+        plan,
+        executor=Executor(model, kv, Sampler(frozenset({EOS})), build),
+        device=lambda pages: device,
+        start_read=asked.append,
+        send=sent.append,
+        eos=frozenset({EOS}),
+        max_scores=max_scores,
+    )
+    return World(Engine(parts, inbox, lambda: now[0]), parts, model, inbox, sent, asked, ranks, now)
