@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -28,13 +29,14 @@ class LineProgress:
     def __init__(self, stream: TextIO, every: float = 10.0) -> None:
         self._stream, self._every = stream, every
         self._steps = 0
-        self._began = self._last = 0.0
+        self._began = 0.0
+        self._last = -math.inf
 
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
     def begin(self, steps: int) -> None:
-        self._steps, self._began, self._last = steps, time.monotonic(), 0.0
+        self._steps, self._began, self._last = steps, time.monotonic(), -math.inf
 
     def step(self, report: StepReport) -> None:
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Writing a trained adapter as a PEFT folder, adapter_config.json and adapter_model.safetensors: whole or not at all."""
+"""Writing a trained adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors), whole or not at all."""
 
 from __future__ import annotations
 
