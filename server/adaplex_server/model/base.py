@@ -18,6 +18,7 @@ from adaplex_adapters.errors import StartupError
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import FAMILIES, linear_targets, module_paths, norm_path
+from adaplex_server.model.formats.gptq import parse_format
 from adaplex_server.model.formats.parts import (
     Module,
     Place,
@@ -26,6 +27,7 @@ from adaplex_server.model.formats.parts import (
     quantizing,
     read_bitsandbytes,
     read_dense,
+    reading_gptq,
 )
 from adaplex_server.model.linear import Linear
 
@@ -145,6 +147,8 @@ def choose_format(folder: Path, config: ModelConfig, quantize: str, double_quant
                 f"the checkpoint is bitsandbytes {what}; of bitsandbytes' formats only 4-bit nf4 is read"
             )
         return ("nf4-double" if given.get("bnb_4bit_use_double_quant") else "nf4"), read_bitsandbytes
+    if method == "gptq":
+        return "gptq", reading_gptq(parse_format(given))
     raise StartupError(
         f"the checkpoint's quant_method {method!r} is not supported; use bitsandbytes (nf4), gptq or none"
     )
