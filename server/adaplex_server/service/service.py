@@ -2,83 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractContextManager
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from adaplex_server.engine.messages import EngineStats
-from adaplex_server.service.limits import SamplingRequest
+from adaplex_adapters.errors import AdaplexError, InvalidRequest, Overloaded, Unavailable
+from adaplex_server.engine.messages import EngineInfo, EngineStats
+from adaplex_server.service.answer import Answer
+from adaplex_server.service.engine_client import EngineClient
+from adaplex_server.service.limits import MAX_CHOICES, SamplingRequest, build_sampling
+from adaplex_server.service.metrics import Metrics, reason_of
+from adaplex_server.service.registry import Registry
 from adaplex_server.service.settings import ServiceSettings
-from adaplex_server.service.types import AdapterInfo, ServiceInfo
+from adaplex_server.service.text_codec import TextCodec
+from adaplex_server.service.types import ServiceInfo, ServiceState
 from adaplex_server.vocabulary import Delta, Finish, GenerateRequest
 
-
-class TextCodec(Protocol):
-    """Text to token ids and back (becomes `service.text_codec.TextCodec`)."""
-
-    def encode(self, text: str, *, add_special: bool = False) -> list[int]: ...
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]: ...
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
-    def token_text(self, token: int) -> str: ...
-    def token_bytes(self, token: int) -> bytes: ...
+log = logging.getLogger(__name__)
+THREAD_CHARS = 8192
+"""Longer texts are tokenized off the event loop (about a millisecond's work)."""
+DRAIN_RETRY_SECONDS = 5.0
+NO_STATS = EngineStats(**dict.fromkeys(EngineStats.__struct_fields__, 0))
 
 
-class Registry(Protocol):
-    """Names -> revisions (becomes `service.registry.Registry`)."""
+class Service:
+    """Owns the engine client, the registry, the metrics and the requests under way.
 
-    def list(self) -> tuple[AdapterInfo, ...]: ...
-    def describe(self, name: str) -> AdapterInfo: ...
-    def staging(self) -> AbstractContextManager[Path]: ...
-    async def upload(self, name: str, staging: Path) -> AdapterInfo: ...
-    async def load_folder(self, name: str, folder: Path) -> AdapterInfo: ...
-    async def load_path(self, name: str, path: str) -> AdapterInfo: ...
-    async def unload(self, name: str) -> AdapterInfo: ...
-
-
-class Metrics(Protocol):
-    """Counters and histograms (becomes `service.metrics.Metrics`)."""
-
-    def exposition(self) -> tuple[bytes, str]: ...
-
-
-class Service(Protocol):
-    """Made with `Service(settings, progress=None)`; progress(text, fraction) is called while the base is loaded.
-
-    A skin's way of a request: `await encode` or `await chat` -> `request(...)` -> `generate(...)`.
+    A skin's way of a request: `await encode` or `await chat`, then `request`, then `generate`. May be asked anything
+    before `start` is over: what is not there yet raises Unavailable. progress(text, fraction): called while the base
+    is loaded.
     """
 
-    settings: ServiceSettings
-    text: TextCodec
-    registry: Registry
-    metrics: Metrics
+    def __init__(self, settings: ServiceSettings, progress: Callable[[str, float], None] | None = None) -> None:
+        self.settings = settings
+        self._engine = EngineClient(settings, progress)
+        self.registry = Registry(settings, self._engine)
+        self.metrics = Metrics(
+            settings.engine.base_name,
+            settings.adapter_labels,
+            stats=lambda: self.stats() if self._engine.running else None,
+            restarts=lambda: self._engine.state.restarts,
+            registered=lambda: len(self.registry.list()),
+        )
+        self._text: TextCodec | None = None
+        self._answers: set[Answer] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._phase: ServiceState = "starting"
+        self._problem = ""
+        self._started = time.time()
+        self._rows = 0
+        # Smoothed seconds of a whole request: what a retry hint is made of.
+        self._pace = 1.0
+
+    # ---- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the engine, open the catalogue, register the adapter folder. Raises StartupError."""
+        """Open the catalogue, start the engine, register the adapter folder. Raises StartupError.
+
+        Then only `close` is left.
+        """
+        folder, template = Path(self.settings.engine.base), self.settings.chat_template
+        try:
+            await self.registry.open()
+            codec = asyncio.create_task(asyncio.to_thread(TextCodec, folder, chat_template=template))
+            await asyncio.gather(codec, self._engine.start())
+            self._text = codec.result()
+            if self.settings.adapters_dir:
+                await self.registry.sync_folder(self.settings.adapters_dir)
+        except AdaplexError as error:
+            self._phase, self._problem = "failed", error.message
+            raise
+        if self._phase == "starting":
+            self._phase = "ready"
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Refuse new requests (Unavailable with a hint), let running ones finish for `timeout` seconds, then cancel
-        them."""
+        """Refuse new requests with a retry hint; let running ones finish for `timeout` seconds, then end them."""
+        self._phase = "draining"
+        limit = self.settings.drain_seconds if timeout is None else timeout
+        log.info("draining: %d requests have up to %.0f s to finish", len(self._answers), limit)
+        if not await self._idle_within(limit):
+            log.warning("%d requests were not done in time and are ended", len(self._answers))
+            for answer in tuple(self._answers):
+                answer.abort(Unavailable("the server is shutting down; try again", retry_after=DRAIN_RETRY_SECONDS))
+            await self._idle_within(1.0)
+
+    async def _idle_within(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
 
     async def close(self) -> None:
-        """End the engine and close everything; running requests end with Unavailable."""
+        """End the engine and let go of the catalogue; running requests end with Unavailable."""
+        self._phase = "draining"
+        await self._engine.close()
+        await self.registry.close()
+
+    # ---- text --------------------------------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> TextCodec:
+        """Text to tokens and back. Raises Unavailable until it is loaded."""
+        if self._text is None:
+            raise Unavailable("the server is starting; try again in a moment", retry_after=self._engine.retry_after)
+        return self._text
 
     async def encode(self, text: str, *, add_special: bool = True) -> tuple[int, ...]:
-        """Token ids of a plain prompt; long texts are tokenized off the event loop.
-
-        Raises InvalidRequest, RequestTooLarge.
-        """
+        """Token ids of a raw prompt; control tokens in it count. Raises InvalidRequest, RequestTooLarge."""
+        codec = self.text
+        if len(text) <= THREAD_CHARS:
+            return tuple(codec.encode(text, add_special=add_special))
+        return tuple(await asyncio.to_thread(codec.encode, text, add_special=add_special))
 
     async def chat(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> tuple[int, ...]:
-        """Token ids of a conversation through the chat template. Raises InvalidRequest."""
+        """Token ids of a conversation through the chat template, ready to be answered. Raises InvalidRequest."""
+        codec = self.text
+        if _is_short(messages) and not tools:
+            return tuple(codec.chat(messages))
+        return tuple(await asyncio.to_thread(codec.chat, messages, tools=tools))
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
 
     def request(
         self,
@@ -90,19 +141,141 @@ class Service(Protocol):
         request_id: str | None = None,
         deadline: float | None = None,
     ) -> GenerateRequest:
-        """Check and complete what a client asked for.
+        """Check and complete what a client asked for. Raises ModelNotFound, InvalidRequest, PromptTooLong, Unavailable.
 
-        Raises ModelNotFound, InvalidRequest, PromptTooLong, Unavailable.
+        default_max_tokens: None for the rest of the context. deadline: seconds from the submission on.
         """
+        info = self._engine_info()
+        self.registry.resolve(model)
+        made = build_sampling(
+            sampling,
+            prompt_tokens=len(prompt),
+            max_context=info.max_context,
+            vocab_size=info.vocab_size,
+            default_max_tokens=default_max_tokens,
+        )
+        return GenerateRequest(
+            request_id=request_id or secrets.token_hex(12),
+            model=model,
+            prompt=tuple(prompt),
+            sampling=made.params,
+            n=made.n,
+            stop=made.stop,
+            include_stop=made.include_stop,
+            deadline=deadline,
+            priority=made.priority,
+        )
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finish, None]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finish, None]:
         """Stream the answer: deltas of the n choices interleaved, one Finish each. Errors of the tree are raised.
 
-        Nothing is submitted before the first `__anext__`, which validates, resolves the name and admits
-        (ModelNotFound, Overloaded, Unavailable, InvalidRequest come before the first item). Closing the iterator
-        (`aclose`) cancels the rows at once.
+        Nothing is submitted before the first `__anext__`, which checks, resolves the name and admits: ModelNotFound,
+        Overloaded, Unavailable and InvalidRequest come before the first item. Closing the iterator (`aclose`) cancels
+        the rows at once.
         """
+        try:
+            answer = self._begin(request)
+        except AdaplexError as error:
+            self.metrics.refused(error)
+            raise
+        try:
+            while answer.open:
+                for item in answer.read(await answer.take()):
+                    if isinstance(item, AdaplexError):
+                        raise item
+                    yield item
+        except AdaplexError as error:
+            answer.outcome = reason_of(error)
+            raise
+        finally:
+            self._end(answer)
 
-    def info(self) -> ServiceInfo: ...
+    def _begin(self, request: GenerateRequest) -> Answer:
+        """Admit and submit, or raise with nothing begun."""
+        if self._phase == "draining":
+            raise Unavailable("the server is shutting down; try again", retry_after=DRAIN_RETRY_SECONDS)
+        link, info = self._engine.link(), self._engine_info()
+        model, revision = request.model, self.registry.resolve(request.model)
+        _check(request, info)
+        room = self.settings.max_inflight or info.max_rows + info.max_waiting
+        if request.n > room:
+            raise InvalidRequest(f"n is {request.n}, but this server takes {room} rows at once", param="n")
+        if self._rows + request.n > room:
+            hint = min(60.0, max(1.0, round(self._pace / 2, 1)))
+            raise Overloaded(
+                f"{self._rows} rows are under way and {room} is the limit; try again in {hint:g} s", retry_after=hint
+            )
+        answer = Answer(request, link, self.text, self.metrics.series(model), self.settings.row_buffer)
+        for _ in range(request.n):
+            self._rows += 1
+            if revision is not None:
+                self.registry.begin_use(model, revision)
 
-    def stats(self) -> EngineStats: ...
+        def row_ended() -> None:
+            self._rows -= 1
+            if revision is not None:
+                self.registry.end_use(model, revision)
+
+        self._answers.add(answer)
+        self._idle.clear()
+        answer.submit(revision, self._engine.next_row, row_ended)
+        return answer
+
+    def _end(self, answer: Answer) -> None:
+        answer.close()
+        seconds = time.monotonic() - answer.began
+        self._pace += 0.1 * (seconds - self._pace)
+        answer.series.requests[answer.outcome] += 1
+        answer.series.whole_request.observe(seconds)
+        self._answers.discard(answer)
+        if not self._answers:
+            self._idle.set()
+
+    # ---- what it tells -----------------------------------------------------------------------------------------------
+
+    def _engine_info(self) -> EngineInfo:
+        info = self._engine.state.info
+        if info is None or self._phase == "starting":
+            raise Unavailable("the server is starting; try again in a moment", retry_after=self._engine.retry_after)
+        return info
+
+    def info(self) -> ServiceInfo:
+        """The server as a whole."""
+        engine = self._engine.state
+        state: ServiceState = self._phase
+        if state == "ready" and engine.phase != "ready":
+            state = "failed" if engine.phase == "failed" else "starting"
+        return ServiceInfo(
+            base=self.settings.engine.base_name,
+            aliases=self.settings.aliases,
+            state=state,
+            detail=self._problem or engine.detail,
+            progress=engine.progress,
+            restarts=engine.restarts,
+            started=self._started,
+            engine=engine.info,
+        )
+
+    def stats(self) -> EngineStats:
+        """The engine's latest figures; zeros while there is no engine."""
+        link = self._engine.running
+        return link.stats if link and link.stats else NO_STATS
+
+
+def _is_short(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a conversation is small enough for the event loop; contents in parts are not worth counting."""
+    if len(messages) > 64:
+        return False
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    return sum(len(text) if isinstance(text, str) else THREAD_CHARS for text in contents if text) <= THREAD_CHARS
+
+
+def _check(request: GenerateRequest, info: EngineInfo) -> None:
+    """What would harm the engine, whoever made the request."""
+    if not 1 <= request.n <= MAX_CHOICES:
+        raise InvalidRequest(f"n must lie in [1, {MAX_CHOICES}], got {request.n}", param="n")
+    prompt = request.prompt
+    if not prompt:
+        raise InvalidRequest("the prompt is empty: send at least one token", param="prompt")
+    if min(prompt) < 0 or max(prompt) >= info.vocab_size:
+        raise InvalidRequest(f"token ids of the prompt must lie in [0, {info.vocab_size - 1}]", param="prompt")

@@ -24,6 +24,8 @@ class ServiceSettings:
     own name, and paths sent by clients are accepted only inside it (None: no such paths). chat_template: a jinja
     template that replaces the tokenizer's own.
 
+    max_adapter_bytes: size of an adapter's tensor file at most.
+
     max_inflight: rows admitted at once, None for engine.max_rows + engine.max_waiting. row_buffer: events kept for a
     reader that is slower than the model, per row, before its request is ended. drain_seconds: how long running
     requests may finish after SIGTERM. restart_first .. restart_longest: pauses before a lost engine is started again,
@@ -37,6 +39,7 @@ class ServiceSettings:
     aliases: tuple[str, ...] = ()
     adapters_dir: Path | None = None
     chat_template: str | None = None
+    max_adapter_bytes: int = 4 << 30
     max_inflight: int | None = None
     row_buffer: int = 2048
     drain_seconds: float = 30.0

@@ -7,7 +7,7 @@ from typing import Literal
 
 from adaplex_server.engine.messages import EngineInfo
 
-AdapterState = Literal["ready", "resident", "loading", "draining", "failed"]
+AdapterState = Literal["ready", "resident", "failed"]
 ServiceState = Literal["starting", "ready", "draining", "failed"]
 
 
@@ -18,9 +18,7 @@ class AdapterInfo:
     revision: SHA-256 (hex) of the content that new requests of this name get. nbytes: size as stored. created: Unix
     seconds. source: "upload", "folder" or "trainer". running: rows of this name in the engine now, of whatever
     revision. state: "ready" can be named in a request; "resident" is ready and has been used since the engine
-    started; "loading" is being proved for the first time (not yet in the catalogue); "draining" was unloaded and its
-    last rows are running; "failed" cannot be served, `reason` says why. Only "ready" and "resident" belong in a list
-    of models.
+    started; "failed" cannot be served, `reason` says why (it does not belong in a list of models).
     """
 
     name: str
