@@ -1,6 +1,8 @@
-"""Which tokens of a step belong to which adapter slot, in tiles that a GPU kernel takes one at a time. Built on the host, once a step.
+"""Which tokens of a step belong to which adapter slot, in tiles that a GPU kernel takes one at a time. Built on the
+host, once a step.
 
-Tokens of one slot are gathered although their rows lie apart, so that a tile reads its adapter once. The base's tokens are in no tile.
+Tokens of one slot are gathered although their rows lie apart, so that a tile reads its adapter once. The base's tokens
+are in no tile.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _MANY_TOKENS = 2048
 
 @dataclass(frozen=True)
 class LoraTiles:
-    """order: [T'] int32, the tokens that have an adapter, grouped by slot. tiles: [tiles, 3] int32, (begin in order, tokens, slot).
+    """order: [T'] int32, the tokens that have an adapter, grouped by slot. tiles: [tiles, 3] int32, (begin in order,
+    tokens, slot).
 
     tile_tokens: the most tokens of one tile. max_pages: the most rank pages of any slot in tiles.
     """

@@ -12,16 +12,16 @@ _KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
 def activate(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
-    """x [T, F] -> act(x), or gated: x [T, 2F] (gate, up) -> act(gate) * up [T, F]. activation: "silu", "gelu", "gelu_tanh" or "relu"."""
+    """x [T, F] -> act(x), or gated: x [T, 2F] (gate, up) -> act(gate) * up [T, F]. activation: "silu", "gelu",
+    "gelu_tanh" or "relu".
+    """
     x = x.contiguous()
     rows, width = x.shape
     if gated:
         width //= 2
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if rows:
-        _activate[(rows, cdiv(width, 1024))](
-            x, y, width, KIND=_KINDS[activation], GATED=gated, BLOCK=1024, num_warps=4
-        )
+        _activate[(rows, cdiv(width, 1024))](x, y, width, KIND=_KINDS[activation], GATED=gated, BLOCK=1024, num_warps=4)
     return y
 
 

@@ -1,9 +1,11 @@
-"""Attention over paged keys and values on the GPU: one kernel for decode rows (split over the context) and for prefill chunks.
+"""Attention over paged keys and values on the GPU: one kernel for decode rows (split over the context) and for prefill
+chunks.
 
-Online softmax over blocks of keys (FlashAttention, Dao et al. 2022), the context of a decode row cut in chunks that other programs sum
-(Flash-Decoding, Dao et al. 2023). A program holds the queries of one key-value head for a tile of consecutive tokens of one row: QUERIES tokens times
-the heads that share the key-value head. Blocks and chunks begin at multiples of their length counted from the row's first position, and a block that
-a query does not see adds exact zeros, so a row's result depends neither on other rows nor on how its prompt was cut into prefill chunks.
+Online softmax over blocks of keys (FlashAttention, Dao et al. 2022), the context of a decode row cut in chunks that
+other programs sum (Flash-Decoding, Dao et al. 2023). A program holds the queries of one key-value head for a tile of
+consecutive tokens of one row: QUERIES tokens times the heads that share the key-value head. Blocks and chunks begin at
+multiples of their length counted from the row's first position, and a block that a query does not see adds exact zeros,
+so a row's result depends neither on other rows nor on how its prompt was cut into prefill chunks.
 
 Keys and values are [pages, page_size, kv_heads, head_dim]; whatever lies beyond a tile's last position is never read.
 """
@@ -33,17 +35,18 @@ def attention(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """q [T, H, D] (last dimension contiguous) to [T, H * D]. The rest as in `model.batch.StepBatch`; window: tokens seen, the query's own included."""
+    """q [T, H, D] (last dimension contiguous) to [T, H * D]. The rest as in `model.batch.StepBatch`; window: tokens
+    seen, the query's own included.
+    """
     tokens, heads, dim = q.shape
     out = torch.empty(tokens, heads * dim, dtype=q.dtype, device=q.device)
     common = (q, keys, values, token_start, context_lens, page_table)
-    shape = {"scale": scale * _LOG2_E, "window": window or 0}
     decode_contexts = [context for count, context in zip(row_tokens, row_contexts, strict=True) if count == 1]
     if decode_contexts:
-        _decode(*common, out, len(row_tokens), max(decode_contexts), **shape)
+        _decode(*common, out, len(row_tokens), max(decode_contexts), scale * _LOG2_E, window or 0)
     chunks = [count for count in row_tokens if count > 1]
     if chunks:
-        _prefill(*common, out, chunks, **shape)
+        _prefill(*common, out, chunks, scale * _LOG2_E, window or 0)
     return out
 
 
@@ -86,8 +89,9 @@ def _decode(
     partial = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q.device)
     weight = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=q.device)
     _attend[(rows, keys.shape[2], splits)](
-        q, keys, values, token_start, context_lens, page_table, partial, weight, q.stride(0), q.stride(1), page_table.stride(0),
-        rows, splits, scale, window, CHUNK=_CHUNK, DECODE=True, ROWS=1, **constants, num_warps=4, num_stages=3,
+        q, keys, values, token_start, context_lens, page_table, partial, weight,
+        q.stride(0), q.stride(1), page_table.stride(0), rows, splits, scale, window,
+        CHUNK=_CHUNK, DECODE=True, ROWS=1, **constants, num_warps=4, num_stages=3,
     )  # fmt: skip
     _combine[(rows, heads)](
         partial, weight, token_start, context_lens, out, splits, window,
@@ -114,8 +118,9 @@ def _prefill(
     constants = _constants(q, keys, queries, 64 if q.dtype != torch.float32 else 32)
     tiles = sum(cdiv(count, queries) for count in chunks)
     _attend[(tiles, keys.shape[2], 1)](
-        q, keys, values, token_start, context_lens, page_table, out, out, q.stride(0), q.stride(1), page_table.stride(0),
-        rows, 1, scale, window, CHUNK=0, DECODE=False, ROWS=next_power_of_2(rows), **constants, num_warps=8, num_stages=2,
+        q, keys, values, token_start, context_lens, page_table, out, out,
+        q.stride(0), q.stride(1), page_table.stride(0), rows, 1, scale, window,
+        CHUNK=0, DECODE=False, ROWS=next_power_of_2(rows), **constants, num_warps=8, num_stages=2,
     )  # fmt: skip
 
 
@@ -149,7 +154,9 @@ def _attend(
     BLOCK_KEYS: tl.constexpr,
     PAGE: tl.constexpr,
 ):
-    """One tile of tokens, one key-value head; DECODE: one chunk of the context, left as unnormalized sums [rows, HEADS, splits, DIM]."""
+    """One tile of tokens, one key-value head; DECODE: one chunk of the context, left as unnormalized sums [rows, HEADS,
+    splits, DIM].
+    """
     if DECODE:
         row = tl.program_id(0)
         skipped = 0
@@ -177,7 +184,10 @@ def _attend(
     live = (i // SHARED < QUERIES) & (token < count) & (i % SHARED < GROUP)
     position = context - count + token
     q = tl.load(
-        q_ptr + (first_token + token).to(tl.int64)[:, None] * q_token_stride + head[:, None] * q_head_stride + d[None, :],
+        q_ptr
+        + (first_token + token).to(tl.int64)[:, None] * q_token_stride
+        + head[:, None] * q_head_stride
+        + d[None, :],
         mask=live[:, None] & (d < DIM)[None, :],
         other=0.0,
     )

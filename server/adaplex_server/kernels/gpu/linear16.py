@@ -1,7 +1,8 @@
 """A dense linear for few rows on the GPU, in bfloat16 or float16: y[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n]).
 
-What cuBLAS would do as fast, but it chooses another order of sums for another number of rows. Here the order is that of k, in steps of the tensor
-core, for every M, so that a row's result does not depend on who shares the batch. The head uses it for any M, with float32 results.
+What cuBLAS would do as fast, but it chooses another order of sums for another number of rows. Here the order is that of
+k, in steps of the tensor core, for every M, so that a row's result does not depend on who shares the batch. The head
+uses it for any M, with float32 results.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import triton.language as tl
 
 from adaplex_server.kernels.gpu.launch import INTERPRETED, cdiv, next_power_of_2
 
+FEW_ROWS = 128
+
 
 def linear16(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
@@ -19,7 +22,8 @@ def linear16(
     """x [M, K], weight [N, K] (contiguous, one dtype) to [M, N] in out_dtype (x's when None). float32 goes to torch."""
     m, k = x.shape
     n = weight.shape[0]
-    if m == 0 or (x.dtype == torch.float32 and not INTERPRETED):
+    plain = x.dtype == torch.float32 and not INTERPRETED
+    if m == 0 or plain or (m > FEW_ROWS and out_dtype in (None, x.dtype)):
         return torch.nn.functional.linear(x, weight, bias).to(out_dtype or x.dtype)
     y = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
     block_m = min(128, max(16, next_power_of_2(m)))

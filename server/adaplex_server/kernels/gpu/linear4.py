@@ -1,19 +1,24 @@
 """A linear with 4-bit weights on the GPU: the packed layout, the product for few rows, and dequantization for many.
 
 y[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n]), where w is, rounded to the activations' dtype,
-  nf4:  NF4[code[n, k]] * scale[n, k / group]                   (QLoRA, Dettmers et al. 2023; the table is bitsandbytes')
-  int4: (code[n, k] - zero[n, k / group]) * scale[n, k / group] (GPTQ, Frantar et al. 2022)
+
+    nf4:   NF4[code[n, k]] * scale[n, k / group]                     Dettmers et al., "QLoRA" (arXiv 2305.14314)
+    int4:  (code[n, k] - zero[n, k / group]) * scale[n, k / group]   Frantar et al., "GPTQ" (arXiv 2210.17323)
+
 x [M, K] and y [M, N] in bfloat16 or float16, sums in float32; float32 goes through an exactly dequantized weight.
 
-Few rows (M <= FEW_ROWS): the product is taken as w @ x^T, so that the expanded weight is the tensor core's register operand and never passes
-through shared memory. K is cut in `splits` parts when N alone does not fill the machine; the parts' sums are added in order by a second kernel.
-Both the order of K and the number of parts follow from the weight's shape alone, so a row's result does not depend on M, bit for bit.
-Many rows: the weight is expanded into a scratch once and torch multiplies.
+Few rows (M <= FEW_ROWS): the product is taken as w @ x^T, so that the expanded weight is the tensor core's register
+operand and never passes through shared memory. K is cut in `splits` parts when N alone does not fill the machine; the
+parts' sums are added in order by a second kernel. Both the order of K and the number of parts follow from the weight's
+shape alone, so a row's result does not depend on M, bit for bit.
+Many rows: the weight is expanded into a scratch once
+and torch multiplies.
 
-Layout, made once at load: K is padded to a multiple of 8 * columns (`columns` is 32 or 16). words [K / (8 * columns), N, columns] int32: word c of
-a step covers 8 codes of one output whose k differ by multiples of `columns`; words 2c and 2c + 1 share k = 2c and 2c + 1, the first holding the steps
-j = 0..3 and the second j = 4..7, so that one instruction sequence yields pairs in the order that the tensor core wants. scales, zeros
-[K / group, N] in the activations' dtype; zeros hold zero - 8. Padding has scale 0.
+Layout, made once at load: K is padded to a multiple of 8 * columns (`columns` is 32 or 16). words [K / (8 * columns),
+N, columns] int32: word c of a step covers 8 codes of one output whose k differ by multiples of `columns`; words 2c and
+2c + 1 share k = 2c and 2c + 1, the first holding the steps j = 0..3 and the second j = 4..7, so that one instruction
+sequence yields pairs in the order that the tensor core wants. scales, zeros [K / group, N] in the activations' dtype;
+zeros hold zero - 8. Padding has scale 0.
 """
 
 from __future__ import annotations
@@ -26,33 +31,18 @@ import triton
 import triton.language as tl
 
 from adaplex_server.kernels.gpu.launch import INTERPRETED, cdiv, next_power_of_2
+from adaplex_server.kernels.nf4 import nf4_code
 
 Kind = Literal["nf4", "int4"]
 FEW_ROWS = 128
 
-NF4_VALUES = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+_NF4_VALUES = tuple(nf4_code(torch.device("cpu")).tolist())
 
 
 @dataclass(frozen=True)
 class Packed4:
-    """A packed weight. n, k: the true features; words, scales, zeros as the module says; table: the sixteen values in float32 (on the device).
+    """A packed weight. n, k: the true features; words, scales, zeros as the module says; table: the sixteen values in
+    float32 (on the device).
 
     dtype: of the activations that it multiplies.
     """
@@ -85,8 +75,8 @@ def pack(
 ) -> Packed4:
     """Lay a weight out for `linear4`.
 
-    codes: [N, K] uint8 below 16. scales, zeros: [N, ceil(K / group)] float (zeros None: 8 everywhere). group: in-features that share a scale, a
-    multiple of 32, or K itself.
+    codes: [N, K] uint8 below 16. scales, zeros: [N, ceil(K / group)] float (zeros None: 8 everywhere). group:
+    in-features that share a scale, a multiple of 32, or K itself.
     """
     n, k = codes.shape
     columns = 32 if k % 256 == 0 else 16
@@ -101,7 +91,7 @@ def pack(
     for begin in range(0, n, 4096):
         words[:, begin : begin + 4096] = _words(codes[begin : begin + 4096], kind, columns)
     groups = cdiv(padded, group)
-    table = torch.tensor(NF4_VALUES if kind == "nf4" else [v - 8.0 for v in range(16)], device=device)
+    table = torch.tensor(_NF4_VALUES if kind == "nf4" else [v - 8.0 for v in range(16)], device=device)
     return Packed4(
         kind=kind,
         n=n,
@@ -124,7 +114,8 @@ def _words(codes: torch.Tensor, kind: Kind, columns: int) -> torch.Tensor:
     words = torch.zeros(steps, n, columns // 2, 2, dtype=torch.int32, device=codes.device)
     for j in range(8):
         for odd in range(2):
-            # nf4: the two k of a pair are neighbouring nibbles; int4: they are 16 bits apart, so that one `and` extracts both.
+            # nf4: the two k of a pair are neighbouring nibbles; int4: they are 16 bits apart, so that one `and`
+            # extracts both.
             shift = 4 * (2 * (j % 4) + odd) if kind == "nf4" else 4 * (j % 4) + 16 * odd
             words[..., j // 4] |= split[..., j, odd] << shift
     return words.view(steps, n, columns)
@@ -145,7 +136,9 @@ def linear4(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None = None) 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the product for few rows is launched. `splits` alone touches the order of sums and must follow from the weight's shape."""
+    """How the product for few rows is launched. `splits` alone touches the order of sums and must follow from the
+    weight's shape.
+    """
 
     block_n: int
     warps: int
@@ -235,8 +228,10 @@ def dequantize4(weight: Packed4) -> torch.Tensor:
 
 
 def _nf4_assembly(dtype: torch.dtype) -> str:
-    """Two words to eight pairs of table values: byte permutes (prmt) on the table's high and low bytes, held in eight registers."""
-    bits = [v & 0xFFFF for v in torch.tensor(NF4_VALUES).to(dtype).view(torch.int16).tolist()]
+    """Two words to eight pairs of table values: byte permutes (prmt) on the table's high and low bytes, held in eight
+    registers.
+    """
+    bits = [v & 0xFFFF for v in torch.tensor(_NF4_VALUES).to(dtype).view(torch.int16).tolist()]
     lines = ["{", ".reg .b32 i0,i1,b0,b1,n,p,h,l,H0,H1,H2,H3,L0,L1,L2,L3;"]
     for name, shift in (("L", 0), ("H", 8)):
         for i in range(4):
@@ -259,7 +254,9 @@ def _nf4_assembly(dtype: torch.dtype) -> str:
 
 
 def _int4_assembly(dtype: torch.dtype) -> str:
-    """Two words to eight pairs of code - 8: or-ing a code into the mantissa of 2^7 (bfloat16) or 2^10 (float16), then subtracting."""
+    """Two words to eight pairs of code - 8: or-ing a code into the mantissa of 2^7 (bfloat16) or 2^10 (float16), then
+    subtracting.
+    """
     magic, minus, add = (
         ("0x43004300", "0xC308C308", "add.rn.bf16x2")
         if dtype == torch.bfloat16

@@ -1,13 +1,17 @@
-"""LoRA deltas of a fused linear on the GPU, rows of different adapters and ranks in one launch: y += B (scaling * (A x)).
+"""LoRA deltas of a fused linear on the GPU, rows of different adapters and ranks in one launch: y += B (scaling * (A
+x)).
 
-Two kernels (shrink and expand, as in Punica, Chen et al. 2023), each over tiles of tokens that share an adapter slot (`kernels.lora_tiles`). Which
-rank rows a tile reads comes from the page table on the device, so the same launch serves any mix; a tile stops at its own adapter's rank.
+Two kernels (shrink and expand, as in Punica, Chen et al. 2023), each over tiles of tokens that share an adapter slot
+(`kernels.lora_tiles`). Which rank rows a tile reads comes from the page table on the device, so the same launch serves
+any mix; a tile stops at its own adapter's rank.
 
-The order of a token's sums follows from the linear's shape and its own adapter's rank: K in segments, each summed in steps of the tensor core, the
-segments' sums added in order, then rank rows in blocks of 16. Who shares the tile or the batch does not matter, bit for bit.
+The order of a token's sums follows from the linear's shape and its own adapter's rank: K in segments, each summed in
+steps of the tensor core, the segments' sums added in order, then rank rows in blocks of 16. Who shares the tile or the
+batch does not matter, bit for bit.
 
-Layouts are those of `model.adapter_pool`: a [pages * RANK_PAGE, G, K] and b [pages * RANK_PAGE, N] of one layer, scaling [S, G] float32,
-slot_pages [S, Q], slot_page_count [S]. Between the kernels: h [segments, ordered tokens, rows] float32, row (i * G + g) for rank row i of target g.
+Layouts are those of `model.adapter_pool`: a [pages * RANK_PAGE, G, K] and b [pages * RANK_PAGE, N] of one layer,
+scaling [S, G] float32, slot_pages [S, Q], slot_page_count [S]. Between the kernels: h [segments, ordered tokens, rows]
+float32, row (i * G + g) for rank row i of target g.
 """
 
 from __future__ import annotations
@@ -39,9 +43,9 @@ def add_lora(
 ) -> None:
     """y [T, N] += the delta of each token's adapter on x [T, K], in place.
 
-    spans: [begin, end) of each target in N, contiguous, at most four. order: [T'] int32, tokens grouped by slot. tiles: [tiles, 3] int32, (begin in
-    order, tokens, slot); tokens 0 for an unused tile. tile_tokens: the most of one tile (16 or 64). max_pages: the most pages of any slot in
-    tiles. rank_page: rank rows of a page.
+    spans: [begin, end) of each target in N, contiguous, at most four. order: [T'] int32, tokens grouped by slot. tiles:
+    [tiles, 3] int32, (begin in order, tokens, slot); tokens 0 for an unused tile. tile_tokens: the most of one tile (16
+    or 64). max_pages: the most pages of any slot in tiles. rank_page: rank rows of a page.
     """
     count, (targets, k), n = tiles.shape[0], a.shape[1:], b.shape[1]
     if count == 0 or max_pages == 0:
@@ -54,8 +58,8 @@ def add_lora(
     _shrink[(count, cdiv(rows, 16), 1 if inside else segments)](
         x, a, slot_pages, slot_page_count, order, tiles, h,
         order.shape[0], rows, slot_pages.stride(0), x.stride(0),
-        K=k, TARGETS=targets, RANK_PAGE=rank_page, TOKENS=tile_tokens, SEGMENT=_SEGMENT, SEGMENTS=segments, INSIDE=inside,
-        BLOCK_K=128, num_warps=4, num_stages=3,
+        K=k, TARGETS=targets, RANK_PAGE=rank_page, TOKENS=tile_tokens, SEGMENT=_SEGMENT, SEGMENTS=segments,
+        INSIDE=inside, BLOCK_K=128, num_warps=4, num_stages=3,
     )  # fmt: skip
     block_n = 128 if inside else _WIDE
     ends = [span[1] for span in spans] + [n] * (4 - len(spans))
@@ -63,8 +67,8 @@ def add_lora(
     _expand[(count, blocks)](
         y, h, b, scaling, slot_pages, slot_page_count, order, tiles,
         order.shape[0], rows, slot_pages.stride(0), y.stride(0), ends[0], ends[1], ends[2], ends[3],
-        N=n, TARGETS=targets, RANK_PAGE=rank_page, TOKENS=tile_tokens, SEGMENTS=1 if inside else segments, BLOCK_N=block_n,
-        num_warps=4, num_stages=2,
+        N=n, TARGETS=targets, RANK_PAGE=rank_page, TOKENS=tile_tokens, SEGMENTS=1 if inside else segments,
+        BLOCK_N=block_n, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
@@ -122,7 +126,7 @@ def _shrink(
             acc = tl.dot(a, x, acc, input_precision="ieee")
         total += acc
     part = 0 if INSIDE else tl.program_id(2)
-    out = h_ptr + (part.to(tl.int64) * ordered + begin + t)[None, :] * rows + row[:, None]
+    out = h_ptr + (begin + t + part * ordered).to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(out, total, mask=row_mask[:, None] & t_mask[None, :])
 
 
@@ -197,12 +201,19 @@ def _expand(
         inside = at < rank
         h = tl.zeros((TOKENS, 16), tl.float32)
         for part in tl.static_range(SEGMENTS):
-            source = h_ptr + (begin + t + part * ordered).to(tl.int64)[:, None] * rows + (at * TARGETS + target)[None, :]
+            source = (
+                h_ptr + (begin + t + part * ordered).to(tl.int64)[:, None] * rows + (at * TARGETS + target)[None, :]
+            )
             h += tl.load(source, mask=t_mask[:, None] & inside[None, :], other=0.0)
         page = tl.load(pages_ptr + slot * pages_stride + at // RANK_PAGE, mask=inside, other=0).to(tl.int64)
         b_row = b_ptr + (page * RANK_PAGE + at % RANK_PAGE) * N
         b = tl.load(b_row[:, None] + n[None, :], mask=inside[:, None] & n_mask[None, :], other=0.0)
-        acc = tl.dot((h * scaling).to(b.dtype), b, acc, input_precision="ieee")
+        h = h * scaling
+        if b.dtype == tl.float16:
+            # float16 could not hold a large h; tf32 has its precision and float32's range.
+            acc = tl.dot(h, b.to(tl.float32), acc, input_precision="tf32")
+        else:
+            acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
     token = tl.load(order_ptr + begin + t, mask=t_mask, other=0).to(tl.int64)
     out = y_ptr + token[:, None] * y_stride + n[None, :]
     mask = t_mask[:, None] & n_mask[None, :]

@@ -1,4 +1,6 @@
-"""Root-mean-square and layer norm of rows on the GPU, with the residual addition before it in the same launch. Sums in float32, one program a row."""
+"""Root-mean-square and layer norm of rows on the GPU, with the residual addition before it in the same launch. Sums in
+float32, one program a row.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,16 @@ from adaplex_server.kernels.gpu.launch import next_power_of_2
 
 
 def add_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, center: bool
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    center: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta [T, H] -> (x + delta, its norm); the sum is rounded to x's dtype before it is normed. center: layer norm (mean removed)."""
+    """x, delta [T, H] -> (x + delta, its norm); the sum is rounded to x's dtype before it is normed. center: layer norm
+    (mean removed).
+    """
     x = x.contiguous()
     rows, width = x.shape
     normed = torch.empty_like(x)
@@ -20,8 +29,8 @@ def add_norm(
     block = next_power_of_2(width)
     if rows:
         _add_norm[(rows,)](
-            x, delta.contiguous() if delta is not None else x, weight, bias if bias is not None else weight, total, normed,
-            width, eps, ADD=delta is not None, CENTER=center, BIAS=bias is not None, BLOCK=block,
+            x, delta.contiguous() if delta is not None else x, weight, bias if bias is not None else weight, total,
+            normed, width, eps, ADD=delta is not None, CENTER=center, BIAS=bias is not None, BLOCK=block,
             num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip
     return total, normed

@@ -1,7 +1,8 @@
-"""Rotary positions and the write of keys and values into their pages, in one launch on the GPU, with the norm over each head where a family has one.
+"""Rotary positions and the write of keys and values into their pages, in one launch on the GPU, with the norm over each
+head where a family has one.
 
-Rotation is in halves (RoFormer, Su et al. 2021, in the layout of Hugging Face): dimension i < dim / 2 turns with i + dim / 2 by the position times
-frequency i; dimensions from dim on pass. Arithmetic in float32.
+Rotation is in halves (RoFormer, Su et al. 2021, in the layout of Hugging Face): dimension i < dim / 2 turns with i +
+dim / 2 by the position times frequency i; dimensions from dim on pass. Arithmetic in float32.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ def rotate_and_write(
     k_weight: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    """Rotate q [T, H, D] in place; write k rotated and v [T, KV, D] to `keys` and `values` [pages, page_size, KV, D] at kv_slots [T].
+    """Rotate q [T, H, D] in place; write k rotated and v [T, KV, D] to `keys` and `values` [pages, page_size, KV, D] at
+    kv_slots [T].
 
-    q, k, v may be views of one fused tensor (last dimension contiguous). cos, sin: [positions, dim / 2] float32, contiguous. q_weight, k_weight: [D], of
-    the root-mean-square norm over a head before the rotation.
+    q, k, v may be views of one fused tensor (last dimension contiguous). cos, sin: [positions, dim / 2] float32,
+    contiguous. q_weight, k_weight: [D], of the root-mean-square norm over a head before the rotation.
     """
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
@@ -94,7 +96,8 @@ def _rotate(
         head = (block - Q_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
         _turn(
             k_ptr + token * k_token + head * k_head, keys_ptr + (slot * KV_HEADS + head) * DIM, head < KV_HEADS,
-            tl.load(positions_ptr + token), cos_ptr, sin_ptr, k_weight_ptr, eps, DIM, HALF, BLOCK_R, BLOCK_D, NORM, True,
+            tl.load(positions_ptr + token), cos_ptr, sin_ptr, k_weight_ptr, eps,
+            DIM, HALF, BLOCK_R, BLOCK_D, NORM, True,
         )  # fmt: skip
     else:
         head = (block - Q_BLOCKS - KV_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
