@@ -96,7 +96,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
 def test_what_the_template_refuses_is_told_with_its_line(tokenizer: Any) -> None:
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(InvalidRequest, match="line 1: .*no system role"):
+    with pytest.raises(InvalidRequest, match=r"line 1: .*no system role"):
         encode_example(chat(USER, answer("2")), strict)
     strict.chat_template = None
     with pytest.raises(InvalidRequest, match="no chat template"):

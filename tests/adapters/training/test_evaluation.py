@@ -16,7 +16,7 @@ ROWS = [Chat(i, (Message("user", f"say {i}", False), Message("assistant", f"{i}"
 
 
 class Echo(BaseHTTPRequestHandler):
-    """Answers with the number it is asked to say, but 3 with white space and 4 wrongly; refuses any model but "echo"."""
+    """Answers with the number it is asked to say, but 3 with white space and 4 wrongly; knows only the model "echo"."""
 
     def do_POST(self) -> None:
         asked: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -35,7 +35,9 @@ def test_the_loss_is_cross_entropy_on_the_answers_alone(base_folder: Path) -> No
     wanted = 0.0
     for example in EXAMPLES:
         logits = base.model(input_ids=torch.tensor([example.ids])).logits[0, :-1].float()
-        wanted += float(F.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=IGNORED, reduction="sum"))
+        wanted += float(
+            F.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=IGNORED, reduction="sum")
+        )
     batch = pad_batch(EXAMPLES, pad_id=2)
     assert float(answer_loss(base.model, batch, CPU)) == pytest.approx(wanted, rel=2e-3)
     assert mean_loss(base.model, [batch], CPU) == pytest.approx(wanted / batch.learned, rel=2e-3)
@@ -76,7 +78,7 @@ def test_a_diverging_run_says_what_to_do(base_folder: Path) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.fill_(1e30)
-    with pytest.raises(InvalidRequest, match="lower learning rate than 0.1"):
+    with pytest.raises(InvalidRequest, match=r"lower learning rate than 0\.1"):
         list(training_steps(model, iter([pad_batch(EXAMPLES, 2)]), options, 1, 0.1, CPU))
 
 

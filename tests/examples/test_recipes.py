@@ -1,0 +1,108 @@
+"""The demo tasks: their rows, and the adapters that are kept in the repository."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaplex_adapters.reader import read_unfitted
+from adaplex_adapters.training.recipe import Recipe, make_rows
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NAMES = ("itn-en", "date-iso", "tsql-postgres")
+MAX_BYTES = 6_000_000
+
+
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"recipe_{name.replace('-', '_')}", EXAMPLES / name / "recipe.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def recipe(request: pytest.FixtureRequest) -> Iterator[Recipe]:
+    yield load(request.param).RECIPE
+
+
+def test_rows_are_made_from_the_seed_and_no_question_is_on_both_sides(recipe: Recipe) -> None:
+    train, held_out = make_rows(recipe)
+    assert (len(train), len(held_out)) == (recipe.train_rows, recipe.held_out_rows)
+    asked = [{row.messages[0].content for row in rows} for rows in (train, held_out)]
+    assert len(asked[0]) == len(train) and len(asked[1]) == len(held_out)
+    assert not asked[0] & asked[1]
+    assert make_rows(recipe) == (train, held_out)
+
+
+def test_adapters_are_small_valid_and_say_nothing_of_the_machine(recipe: Recipe) -> None:
+    folder = EXAMPLES / recipe.name / "adapter"
+    adapter = read_unfitted(folder)
+    assert adapter.spec.base_model == "smollm2-135m-instruct"
+    assert adapter.spec.rank == 8 and len(adapter.modules) == 210
+    assert sum(p.stat().st_size for p in folder.iterdir()) < MAX_BYTES
+    assert "/" not in (folder / "adapter_config.json").read_text()
+
+
+def test_every_date_reads_back_as_the_answer() -> None:
+    _, rows = make_rows(load("date-iso").RECIPE)
+    for row in rows:
+        date = datetime.date.fromisoformat(row.messages[-1].content)
+        numbers = [int(n) for n in re.findall(r"\d+", row.messages[0].content)]
+        assert date.year in numbers and date.day in numbers, row
+
+
+def test_every_spoken_number_becomes_digits() -> None:
+    """The answer has digits where the question has number words, and the other words unchanged."""
+    _, rows = make_rows(load("itn-en").RECIPE)
+    for row in rows:
+        question, answer = (m.content for m in row.messages)
+        assert re.search(r"\d", answer), row
+        rest = re.sub(r"[$\d.%:]+(st|nd|rd|th)?( [ap]m)?", " ", answer).split()
+        assert all(word in question.split() for word in rest), row
+
+
+def test_postgres_answers_parse_as_postgres() -> None:
+    import sqlglot
+
+    _, rows = make_rows(load("tsql-postgres").RECIPE)
+    for row in rows:
+        assert sqlglot.parse_one(row.messages[-1].content, read="postgres")
+        assert "[" not in row.messages[-1].content and "TOP" not in row.messages[-1].content
+
+
+def test_written_rows_are_what_serve_train_reads(tmp_path: Path, recipe: Recipe) -> None:
+    from adaplex_adapters.training.conversations import Chat, read_examples
+    from adaplex_adapters.training.recipe import write_rows
+
+    _, rows = make_rows(recipe)
+    write_rows(rows[:20], tmp_path / "rows.jsonl")
+    back = read_examples(tmp_path / "rows.jsonl")
+    assert [r.messages for r in back if isinstance(r, Chat)] == [r.messages for r in rows[:20]]
+
+
+@pytest.mark.slow
+def test_the_adapter_answers_where_the_base_does_not(recipe: Recipe) -> None:
+    """A few held-out rows through PEFT; the recipe prints the score on all 200."""
+    from adaplex_adapters.training.evaluation import evaluate_local, load_with_adapter
+    from adaplex_adapters.training.frozen_base import load_frozen_base
+    from adaplex_server.bases.embedded import NAME, ensure_embedded
+
+    rows = make_rows(recipe)[1][:16]
+    base = load_frozen_base(ensure_embedded(None), NAME)
+    assert evaluate_local(base, rows).matched <= 3
+    assert evaluate_local(load_with_adapter(base, EXAMPLES / recipe.name / "adapter"), rows).matched >= 13
+
+
+def test_readmes_tell_the_scores(recipe: Recipe) -> None:
+    text = (EXAMPLES / recipe.name / "README.md").read_text(encoding="utf-8")
+    assert recipe.instruction in text and "recipe.py" in text and "held-out" in text
+    config = json.loads((EXAMPLES / recipe.name / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == recipe.options.rank
