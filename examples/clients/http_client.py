@@ -11,7 +11,7 @@ from openai import OpenAI
 
 # What the demo adapters were made for.
 QUESTIONS = {
-    "itn-en": "twenty-three thousand four hundred and five",
+    "itn-en": "she paid twenty three dollars and five cents",
     "date-iso": "Saturday, 21 November 2026",
     "tsql-postgres": "SELECT TOP 5 name FROM users WHERE LEN(name) > 3",
 }

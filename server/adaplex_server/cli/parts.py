@@ -52,11 +52,16 @@ def engine_settings(settings: ServerSettings, base: Path, name: str, folder: Pat
         max_step_tokens=settings.max_step_tokens,
         max_context=settings.max_context,
         page_size=settings.page_size,
-        kv_bytes=settings.kv_memory,
-        adapter_bytes=settings.adapter_memory,
-        host_adapter_bytes=settings.host_adapter_memory,
+        kv_bytes=_plain(settings.kv_memory),
+        adapter_bytes=_plain(settings.adapter_memory),
+        host_adapter_bytes=int(settings.host_adapter_memory),
         max_slots=settings.max_slots,
         max_rank=settings.max_rank,
         prefix_cache=settings.prefix_cache,
         threads=settings.threads,
     )
+
+
+def _plain(size: int | None) -> int | None:
+    """pydantic's ByteSize is an int that the frames' encoder does not know."""
+    return None if size is None else int(size)
