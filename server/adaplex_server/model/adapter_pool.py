@@ -1,25 +1,37 @@
-"""Adapter weights on the device, in pages of `RANK_PAGE` rank rows. Who holds which page is the engine's `AdapterSlots`, not this.
+"""Adapter weights on the device, in pages of `RANK_PAGE` rank rows. Who holds which page is the engine's
+`AdapterSlots`, not this.
 
-A LoRA of rank r takes ceil(r / RANK_PAGE) pages, the same ones in every layer and linear; rows beyond a module's own rank, and modules that the
-adapter does not target, are zero. So mixed ranks lie side by side without padding each to the largest, and one page table serves all linears.
+A LoRA of rank r takes ceil(r / RANK_PAGE) pages, the same ones in every layer and linear; rows beyond a module's own
+rank, and modules that the adapter does not target, are zero. So mixed ranks lie side by side without padding each to
+the largest, and one page table serves all linears.
 
-Notation: `linear` is one of the decoder's hot-path linears ("qkv", "o", "gate_up", "down"; a family's config names them), which may fuse several
-targets (q, k, v) that share the input. G targets in the linear, K in-features, N out-features of the whole fused linear, S slots, Q pages a slot at most.
+Notation: `linear` is one of the decoder's hot-path linears ("qkv", "o", "gate_up", "down"; a family's config names
+them), which may fuse several targets (q, k, v) that share the input. G targets in the linear, K in-features, N
+out-features of the whole fused linear, S slots, Q pages a slot at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from adaplex_adapters.errors import InvalidAdapter
+from adaplex_adapters.spec import LoraAdapter, LoraModule
+
+if TYPE_CHECKING:
+    from adaplex_server.model.config import ModelConfig
 
 RANK_PAGE = 8
 
 
 @dataclass(frozen=True)
 class LinearTargets:
-    """The targets fused in one linear: their names ("q_proj", ...), and where each one's outputs begin and end in N ([begin, end))."""
+    """The targets fused in one linear: their names ("q_proj", ...), and where each one's outputs begin and end in N
+    ([begin, end)).
+    """
 
     names: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
@@ -31,8 +43,8 @@ class LinearTargets:
 class LinearPool:
     """One linear's rank rows in all layers.
 
-    a: [layers, pages * RANK_PAGE, G, K]; b: [layers, pages * RANK_PAGE, N]: rank row i of target g maps x to h = a[i, g] . x, and
-    adds scaling * h * b[i, n] to output n, for n in the span of g. scaling: [layers, S, G] float32.
+    a: [layers, pages * RANK_PAGE, G, K]; b: [layers, pages * RANK_PAGE, N]: rank row i of target g maps x to h = a[i,
+    g] . x, and adds scaling * h * b[i, n] to output n, for n in the span of g. scaling: [layers, S, G] float32.
     """
 
     targets: LinearTargets
@@ -45,7 +57,8 @@ class LinearPool:
 class AdapterPool:
     """All linears' pools and the page table of the slots.
 
-    slot_pages: [S, Q] int32, the pages of a slot in rank order, unused entries 0. slot_page_count: [S] int32. Page 0 belongs to nobody and stays zero.
+    slot_pages: [S, Q] int32, the pages of a slot in rank order, unused entries 0. slot_page_count: [S] int32. Page 0
+    belongs to nobody and stays zero.
     host_pages: the host's own copy, slot -> pages, replaced (never edited) when a slot changes.
     """
 
@@ -53,3 +66,99 @@ class AdapterPool:
     slot_pages: torch.Tensor
     slot_page_count: torch.Tensor
     host_pages: dict[int, tuple[int, ...]]
+
+
+def bytes_per_page(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Device bytes of one page over all layers and linears."""
+    from adaplex_server.model.families import linear_targets
+
+    values = sum(t.in_features * len(t.names) + t.out_features for t in linear_targets(config).values())
+    return config.num_layers * RANK_PAGE * values * dtype.itemsize
+
+
+def allocate_pool(
+    config: ModelConfig, pages: int, slots: int, max_pages_per_slot: int, dtype: torch.dtype, device: torch.device
+) -> AdapterPool:
+    """A pool of zeros with no adapter in it. pages counts page 0 too, which is never given away.
+
+    dtype: float32 on the CPU, where the arithmetic is in float32 and another dtype would be converted in every step.
+    """
+    from adaplex_server.model.families import linear_targets
+
+    def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=of, device=device)
+
+    layers, rows = config.num_layers, pages * RANK_PAGE
+    linears = {
+        name: LinearPool(
+            targets=targets,
+            a=zeros(layers, rows, len(targets.names), targets.in_features),
+            b=zeros(layers, rows, targets.out_features),
+            scaling=zeros(layers, slots, len(targets.names), of=torch.float32),
+        )
+        for name, targets in linear_targets(config).items()
+    }
+    return AdapterPool(
+        linears=linears,
+        slot_pages=zeros(slots, max_pages_per_slot, of=torch.int32),
+        slot_page_count=zeros(slots, of=torch.int32),
+        host_pages={},
+    )
+
+
+@torch.inference_mode()
+def write_adapter(
+    pool: AdapterPool, config: ModelConfig, slot: int, pages: tuple[int, ...], adapter: LoraAdapter
+) -> int:
+    """Bring an adapter to `pages` and make them `slot`'s. Returns the number of tensors that found their place (two a
+    module).
+
+    Whatever the pages held before is overwritten. Raises InvalidAdapter if a value is not finite in the pool's dtype
+    or the pages are too few; the slot is empty then.
+    """
+    from adaplex_server.model.families import module_paths
+
+    clear_slot(pool, slot)
+    rank = max((module.a.shape[0] for module in adapter.modules.values()), default=0)
+    if rank > len(pages) * RANK_PAGE or len(pages) > pool.slot_pages.shape[1]:
+        raise InvalidAdapter(f"an adapter of rank {rank} does not fit {len(pages)} pages of {RANK_PAGE} rank rows")
+    device = pool.slot_pages.device
+    rows = (torch.tensor(pages).unsqueeze(1) * RANK_PAGE + torch.arange(RANK_PAGE)).flatten().to(device)
+    consumed = 0
+    for name, linear in pool.linears.items():
+        scaling = torch.zeros(config.num_layers, len(linear.targets.names))
+        for layer in range(config.num_layers):
+            a = torch.zeros(len(rows), *linear.a.shape[2:], dtype=linear.a.dtype)
+            b = torch.zeros(len(rows), linear.b.shape[2], dtype=linear.b.dtype)
+            for target, path in enumerate(module_paths(config, layer, name)):
+                module = adapter.modules.get(path)
+                if module is not None:
+                    _lay_out(a[:, target], b[:, slice(*linear.targets.spans[target])], module, path)
+                    scaling[layer, target] = module.scaling
+                    consumed += 2
+            linear.a[layer].index_copy_(0, rows, a.to(device))
+            linear.b[layer].index_copy_(0, rows, b.to(device))
+        linear.scaling[:, slot] = scaling.to(device)
+    pool.slot_pages[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32).to(device)
+    pool.slot_page_count[slot] = len(pages)
+    pool.host_pages[slot] = tuple(pages)
+    return consumed
+
+
+@torch.inference_mode()
+def clear_slot(pool: AdapterPool, slot: int) -> None:
+    """No pages and no scaling in the slot. The pages' content stays until they are written again; nothing reads it."""
+    pool.host_pages.pop(slot, None)
+    pool.slot_page_count[slot] = 0
+    pool.slot_pages[slot] = 0
+    for linear in pool.linears.values():
+        linear.scaling[:, slot] = 0
+
+
+def _lay_out(a: torch.Tensor, b: torch.Tensor, module: LoraModule, path: str) -> None:
+    """A module's rows into host rows a: [R, K] and b: [R, outputs of the target], which are zero."""
+    rank = module.a.shape[0]
+    a[:rank] = module.a
+    b[:rank] = module.b.T
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise InvalidAdapter(f"{path}: a weight is too large for {a.dtype}")

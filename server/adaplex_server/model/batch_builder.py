@@ -1,0 +1,89 @@
+"""Makes a `StepBatch` out of the rows of a step: everything is laid out on the host and brought to the device in two
+copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adaplex_server.model.batch import NO_ADAPTER, StepBatch
+
+
+@dataclass(frozen=True)
+class RowInput:
+    """One row's part of a step.
+
+    tokens: at least one. start: position of the first of them, which is how many of the row's tokens are already in
+    its pages.
+    pages: the row's KV pages in order, enough for start + len(tokens) positions. slot: adapter slot, or NO_ADAPTER.
+    logits: of how many of its last tokens the logits are wanted (0: none, as in all but the last chunk of a prompt).
+    """
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    slot: int = NO_ADAPTER
+    logits: int = 1
+
+
+def build_batch(rows: Sequence[RowInput], page_size: int, device: torch.device) -> StepBatch:
+    """The rows side by side, in the order given. At least one row."""
+    counts = tuple(len(row.tokens) for row in rows)
+    contexts = tuple(row.start + count for row, count in zip(rows, counts, strict=True))
+    token_start = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(counts, out=token_start[1:])
+    total = int(token_start[-1])
+    # int64 part: tokens, positions, kv_slots, logit_tokens.
+    wide = np.empty((3, total), dtype=np.int64)
+    wanted: list[np.ndarray] = []
+    widest = max(len(row.pages) for row in rows)
+    table = np.zeros((len(rows), widest), dtype=np.int32)
+    for i, row in enumerate(rows):
+        begin, end = int(token_start[i]), int(token_start[i + 1])
+        assert counts[i] > 0 and 0 <= row.logits <= counts[i] and len(row.pages) * page_size >= contexts[i], row
+        positions = np.arange(row.start, contexts[i])
+        table[i, : len(row.pages)] = row.pages
+        wide[0, begin:end] = row.tokens
+        wide[1, begin:end] = positions
+        wide[2, begin:end] = table[i, positions // page_size].astype(np.int64) * page_size + positions % page_size
+        wanted.append(np.arange(end - row.logits, end))
+    slots = tuple(row.slot for row in rows)
+    narrow = np.concatenate(
+        (
+            np.repeat(np.arange(len(rows)), counts),
+            token_start,
+            contexts,
+            np.repeat(slots, counts),
+            table.ravel(),
+        )
+    ).astype(np.int32)
+    longs = _to_device(np.concatenate((wide.ravel(), *wanted)), device)
+    ints = _to_device(narrow, device)
+    row_of_token, starts, context_lens, adapter_slots, pages = ints.split(
+        [total, len(rows) + 1, len(rows), total, table.size]
+    )
+    return StepBatch(
+        tokens=longs[:total],
+        positions=longs[total : 2 * total],
+        kv_slots=longs[2 * total : 3 * total],
+        row_of_token=row_of_token,
+        token_start=starts,
+        context_lens=context_lens,
+        page_table=pages.view(len(rows), widest),
+        adapter_slots=adapter_slots,
+        logit_tokens=longs[3 * total :],
+        row_tokens=counts,
+        row_contexts=contexts,
+        row_slots=slots,
+    )
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(array)
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)

@@ -1,0 +1,144 @@
+"""The one decoder: tokens of all rows in, logits out, for every family and every base format.
+
+Owns nothing that changes. The base is read; the adapter pool is read; keys and values are written where the batch says.
+
+    total, normed = x + delta, norm(x + delta)
+    qkv    = normed -> linear (+ LoRA) -> rotary; keys and values into their pages
+    attend = attention -> linear (+ LoRA)
+    mlp    = norm(x + attend), or norm(x) with a parallel residual -> linear (+ LoRA) -> activation -> linear (+ LoRA)
+
+Arithmetic follows transformers': norms, rotary angles and softmax in float32, the residual in the dtype of the
+activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from adaplex_server.kernels import dense
+from adaplex_server.kernels.activation import activate
+from adaplex_server.kernels.attention import AttentionRows, attention, attention_rows
+from adaplex_server.kernels.lora import LoraRows, LoraWeights, add_lora, lora_rows
+from adaplex_server.kernels.norm import add_norm
+from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
+from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool
+from adaplex_server.model.base import Base, NormWeights
+from adaplex_server.model.batch import StepBatch
+from adaplex_server.model.families import FAMILIES
+from adaplex_server.model.kv_cache import KvCache
+from adaplex_server.model.rotary import rotary_tables
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the layers of one forward share."""
+
+    rotation: Rotation
+    attention: AttentionRows
+    lora: LoraRows | None
+    kv_slots: torch.Tensor
+
+
+class Decoder:
+    """Runs a base. pool: where the batches' adapter slots are, None to serve the base alone. positions: the longest
+    context.
+    """
+
+    def __init__(self, base: Base, pool: AdapterPool | None, positions: int | None = None) -> None:
+        config = base.config
+        self.base = base
+        self.pool = pool
+        self._family = FAMILIES[config.family]
+        self._up = "gate_up" if self._family.gated else "up"
+        self._scale = config.head_dim**-0.5
+        self._tables = rotary_tables(config.rope, positions or config.max_context, base.device)
+        self._lora = () if pool is None else tuple(_layer_lora(pool, layer) for layer in range(config.num_layers))
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, kv: KvCache) -> torch.Tensor:
+        """Logits of batch.logit_tokens, [L, vocab_size] float32. Writes the keys and values of all tokens of the
+        batch.
+        """
+        config = self.base.config
+        step = self._step(batch, kv)
+        x = F.embedding(batch.tokens, self.base.embedding)
+        delta: torch.Tensor | None = None
+        for layer in range(config.num_layers):
+            x, delta = self._layer(layer, x, delta, kv, step)
+        if batch.logit_tokens.shape[0] != x.shape[0]:
+            x = x.index_select(0, batch.logit_tokens)
+            delta = None if delta is None else delta.index_select(0, batch.logit_tokens)
+        _, normed = self._norm(x, delta, self.base.final_norm)
+        return dense.linear(normed, self.base.head, out_dtype=torch.float32)
+
+    def _step(self, batch: StepBatch, kv: KvCache) -> _Step:
+        config = self.base.config
+        rows = attention_rows(
+            batch.token_start, batch.context_lens, batch.page_table, batch.row_tokens, batch.row_contexts,
+            kv.page_size, config.num_kv_heads, config.windows,
+        )  # fmt: skip
+        lora = None
+        if self.pool is not None:
+            pool = self.pool
+            lora = lora_rows(
+                batch.row_tokens, batch.row_slots, pool.host_pages, pool.slot_pages, pool.slot_page_count, RANK_PAGE
+            )
+        return _Step(step_rotation(batch.positions, *self._tables, self.base.dtype), rows, lora, batch.kv_slots)
+
+    def _layer(
+        self, layer: int, x: torch.Tensor, delta: torch.Tensor | None, kv: KvCache, step: _Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream and what is still to be added to it."""
+        norms = self.base.layers[layer].norms
+        x, normed = self._norm(x, delta, norms["attention"])
+        attended = self._attend(layer, normed, kv, step)
+        if self.base.config.parallel_residual:
+            _, normed = self._norm(x, None, norms["mlp"])
+            return x, self._mlp(layer, normed, step).add_(attended)
+        x, normed = self._norm(x, attended, norms["mlp"])
+        return x, self._mlp(layer, normed, step)
+
+    def _attend(self, layer: int, x: torch.Tensor, kv: KvCache, step: _Step) -> torch.Tensor:
+        config, norms = self.base.config, self.base.layers[layer].norms
+        q, k, v = self._split(self._linear(layer, "qkv", x, step))
+        q_weight, k_weight = (norms["q"].weight, norms["k"].weight) if "q" in norms else (None, None)
+        keys, values = kv.keys[layer], kv.values[layer]
+        q = rotate_and_write(q, k, v, step.rotation, step.kv_slots, keys, values, q_weight, k_weight, config.norm_eps)
+        attended = attention(q, keys, values, step.attention, self._scale, config.windows[layer])
+        return self._linear(layer, "o", attended, step)
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views of the fused outputs: q [T, H, D], k and v [T, KV, D]."""
+        config = self.base.config
+        if self._family.qkv_layout == "heads":
+            q, k, v = qkv.view(-1, config.num_heads, 3, config.head_dim).unbind(2)
+            return q, k, v
+        heads = qkv.view(qkv.shape[0], -1, config.head_dim)
+        q, k, v = heads.split_with_sizes((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
+        return q, k, v
+
+    def _mlp(self, layer: int, x: torch.Tensor, step: _Step) -> torch.Tensor:
+        inner = activate(self._linear(layer, self._up, x, step), self.base.config.activation, self._family.gated)
+        return self._linear(layer, "down", inner, step)
+
+    def _linear(self, layer: int, linear: str, x: torch.Tensor, step: _Step) -> torch.Tensor:
+        y = self.base.layers[layer].linears[linear](x)
+        if step.lora is not None:
+            add_lora(y, x, self._lora[layer][linear], step.lora)
+        return y
+
+    def _norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weights: NormWeights
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        center = self._family.norm == "layer"
+        return add_norm(x, delta, weights.weight, weights.bias, self.base.config.norm_eps, center)
+
+
+def _layer_lora(pool: AdapterPool, layer: int) -> dict[str, LoraWeights]:
+    return {
+        linear: LoraWeights(found.a[layer], found.b[layer], found.scaling[layer], found.targets.spans)
+        for linear, found in pool.linears.items()
+    }
