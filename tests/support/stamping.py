@@ -1,4 +1,4 @@
-"""A model whose answer tells everything that it read: a wrong adapter, a shifted row or a stale page changes the tokens.
+"""A model whose answer tells all that it read: a wrong adapter, a shifted row or a stale page changes the tokens.
 
 Each token's key is (token, stamp of its adapter, position), written to and read back from the paged KV; the logits are
 a fixed random vector chosen by a hash over all keys that the row's page table shows. The stamp is read through the

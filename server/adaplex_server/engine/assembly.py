@@ -20,7 +20,7 @@ from adaplex_server.engine.parts import Parts, Send, connect
 from adaplex_server.engine.probe import PROBE_TOKENS, AdapterMemory, LoraDevice
 from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.settings import EngineSettings
-from adaplex_server.engine.step_batch import build_with
+from adaplex_server.engine.step_batch import build_step
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, allocate_pool, bytes_per_page
 from adaplex_server.model.base import Base, load_base
 from adaplex_server.model.config import ModelConfig, read_config
@@ -56,7 +56,7 @@ def assemble(
 ) -> tuple[Engine, EngineInfo]:
     """An engine around a loaded base. read: an adapter from the store."""
     device = base.device
-    sizes = model_bytes(settings, base.config, base.dtype)
+    sizes = model_bytes(settings, base.config, base.dtype, device)
     plan = plan_memory(settings, sizes, free_bytes(device), device.type == "cuda", PROBE_TOKENS)
     parts = _build_parts(settings, base, plan, read, inbox, send)
     info = EngineInfo(
@@ -90,10 +90,17 @@ def _build_parts(
     )
     adapters: AdapterPool | None = None
     if settings.max_slots:
-        adapters = allocate_pool(config, plan.adapter_pages, settings.max_slots, plan.pages_per_slot, dtype, device)
+        adapters = allocate_pool(
+            config, plan.adapter_pages, settings.max_slots, plan.pages_per_slot, pool_dtype(dtype, device), device
+        )
     eos = frozenset(config.eos_token_ids)
-    executor = Executor(Decoder(base, adapters), kv, Sampler(eos), build_with(settings.page_size, device, adapters))
-    memory = AdapterMemory(adapters, config, bytes_per_page(config, dtype))
+    executor = Executor(
+        Decoder(base, adapters, plan.max_context),
+        kv,
+        Sampler(eos),
+        lambda work: build_step(work, settings.page_size, device),
+    )
+    memory = AdapterMemory(adapters, config, bytes_per_page(config, pool_dtype(dtype, device)))
     return connect(
         settings,
         plan,
@@ -106,7 +113,7 @@ def _build_parts(
     )
 
 
-def model_bytes(settings: EngineSettings, config: ModelConfig, dtype: torch.dtype) -> ModelBytes:
+def model_bytes(settings: EngineSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelBytes:
     """What the memory plan depends on."""
     widest = 4 * config.hidden_size + 3 * config.intermediate_size
     logits = (settings.max_rows + max_scores(config)) * config.vocab_size * 4
@@ -115,7 +122,7 @@ def model_bytes(settings: EngineSettings, config: ModelConfig, dtype: torch.dtyp
         kv_page=KvCache.bytes_per_page(
             config.num_layers, settings.page_size, config.num_kv_heads, config.head_dim, dtype
         ),
-        adapter_page=bytes_per_page(config, dtype),
+        adapter_page=bytes_per_page(config, pool_dtype(dtype, device)),
         step=settings.max_step_tokens * widest * dtype.itemsize + 2 * logits,
     )
 
@@ -123,6 +130,11 @@ def model_bytes(settings: EngineSettings, config: ModelConfig, dtype: torch.dtyp
 def max_scores(config: ModelConfig) -> int:
     """Prompt tokens of one step whose log-probabilities can be told."""
     return max(16, _SCORE_BYTES // (config.vocab_size * 4))
+
+
+def pool_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of adapter weights on the device: float32 on a CPU, where the arithmetic is float32 and would convert them."""
+    return dtype if device.type == "cuda" else torch.float32
 
 
 def choose_device(wanted: str) -> torch.device:

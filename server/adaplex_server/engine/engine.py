@@ -37,7 +37,7 @@ class Engine:
     """clock: monotonic seconds, the same clock as the deadlines of the messages."""
 
     def __init__(self, parts: Parts, inbox: Inbox, clock: Callable[[], float] = time.monotonic) -> None:
-        self._parts = parts
+        self.parts = parts
         self._inbox = inbox
         self._clock = clock
         self._steps = 0
@@ -51,7 +51,7 @@ class Engine:
 
     def step(self) -> bool:
         """One step; False if there was nothing to do, and there will not be before a message or a deadline."""
-        p = self._parts
+        p = self.parts
         p.residency.fetch()
         placed = p.residency.place(self._clock)
         p.executor.scrub(p.pool)
@@ -75,7 +75,7 @@ class Engine:
             return True
 
     def _handle(self, message: ToEngine | AdapterRead) -> None:
-        p, now = self._parts, self._clock()
+        p, now = self.parts, self._clock()
         if isinstance(message, Submit):
             error = p.residency.refusal(message.revision)
             if error is None:
@@ -94,33 +94,33 @@ class Engine:
     def _execute(self, work: list[Work]) -> None:
         began = self._clock()
         try:
-            outcomes = self._parts.executor.run(work)
+            outcomes = self.parts.executor.run(work)
         except torch.OutOfMemoryError:
-            self._parts.scheduler.shrink(work)
+            self.parts.scheduler.shrink(work)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return
         now = self._clock()
         for one, outcome in zip(work, outcomes, strict=True):
-            self._parts.scheduler.commit(one, outcome, now)
+            self.parts.scheduler.commit(one, outcome, now)
         self._steps += 1
         self._step_seconds += now - began
         if self._steps % _STEPS_TO_RECOVER == 0:
-            self._parts.scheduler.recover()
+            self.parts.scheduler.recover()
 
     def _tell(self, stepped: bool) -> bool:
-        tokens, ends = self._parts.scheduler.take_events()
+        tokens, ends = self.parts.scheduler.take_events()
         if stepped or ends:
-            self._parts.send(StepDone(tokens, ends, self.stats()))
+            self.parts.send(StepDone(tokens, ends, self.stats()))
         return bool(ends)
 
     def _until_deadline(self) -> float | None:
-        deadline = self._parts.scheduler.next_deadline()
+        deadline = self.parts.scheduler.next_deadline()
         return None if deadline is None else max(0.0, deadline - self._clock())
 
     def stats(self) -> EngineStats:
         """The gauges and totals of now."""
-        p = self._parts
+        p = self.parts
         return EngineStats(
             waiting=p.scheduler.waiting,
             running=p.scheduler.running,

@@ -1,7 +1,8 @@
 """Frames between the API process and the engine process.
 
-One end of a Unix socket pair is inherited by the engine; a frame is a 4-byte little-endian length and a msgpack body (msgspec, tagged union; no
-pickle). End of file on either side means that the other process is gone. The engine knows revisions, never names.
+One end of a Unix socket pair is inherited by the engine; a frame is a 4-byte little-endian length and a msgpack body
+(msgspec, tagged union; no pickle). End of file on either side means that the other process is gone. The engine knows
+revisions, never names.
 
 Every accepted `Submit` ends in exactly one `RowEnd`, also after a `Cancel` (reason "cancelled").
 """
@@ -19,6 +20,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Generate for one row. row: unique in the engine's life. revision: adapter revision, None for the base.
 
     deadline: absolute time.monotonic() seconds (one clock for both processes of a machine), None for none.
+    priority: lower values are served first, and preempted last.
     """
 
     row: int
@@ -36,7 +38,7 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Read the revision from the store, put it on the device and prove it. Answered by AdapterLoaded or AdapterFailed."""
+    """Read the revision from the store, put it on the device and prove it: AdapterLoaded or AdapterFailed."""
 
     call: int
     revision: str
@@ -96,7 +98,9 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class RowToken(msgspec.Struct, frozen=True):
-    """One new token of a row. logprob is set when asked for. prompt_logprobs and cached_tokens come with the first token only."""
+    """One new token of a row. logprob is set when asked for. prompt_logprobs and cached_tokens come with the first
+    token only.
+    """
 
     row: int
     token: int
@@ -108,8 +112,9 @@ class RowToken(msgspec.Struct, frozen=True):
 class RowEnd(msgspec.Struct, frozen=True):
     """The one final word on a row. error: class name in the error tree when reason is "error".
 
-    When a stop or end token ended the row it is `stop_token` and was not sent as a RowToken. prompt_logprobs is set here when asked for and no token was
-    generated (max_tokens 0: scoring only). stop_logprob: of the stop token, when logprobs were asked for.
+    When a stop or end token ended the row it is `stop_token` and was not sent as a RowToken. prompt_logprobs is set
+    here when asked for and no token was sent (max_tokens 0: scoring only). stop_logprob: of the stop token, when
+    logprobs were asked for.
     """
 
     row: int
@@ -151,7 +156,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
-    """The proof: every tensor was consumed, and the largest absolute difference of the probe's logits from the base's is positive."""
+    """The proof: every tensor was consumed, and the probe's logits differ from the base's by at most this (over 0)."""
 
     call: int
     revision: str

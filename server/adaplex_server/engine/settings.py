@@ -10,14 +10,14 @@ import msgspec
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Sent as the first frame to a new engine process.
 
-    base: folder in Hugging Face layout (already local). quantize: "nf4" quantizes a dense checkpoint in flight, "none" keeps
-    it; a checkpoint that is already quantized is recognized from its own config. dtype: of activations; "auto" follows the
-    checkpoint (bfloat16 where it is float16 on a CPU). store: folder of the AdapterStore.
+    base: folder in Hugging Face layout (already local). quantize: "nf4" quantizes a dense checkpoint in flight,
+    "none" keeps it; a checkpoint that is already quantized is recognized from its own config. dtype: of activations;
+    "auto" follows the checkpoint (bfloat16 where it is float16 on a CPU). store: folder of the AdapterStore.
 
-    max_rows: rows of one step at most. max_waiting: length of the queue. max_step_tokens: tokens of one step at most (a longer
-    prompt is prefilled in chunks). max_context: None for the model's own. kv_bytes, adapter_bytes: device memory for KV pages
-    and for adapter rank rows; None takes a share of what is free. host_adapter_bytes: adapters kept in host memory.
-    max_rank: rank of an adapter at most. threads: CPU threads of the model, None for all cores.
+    max_rows: rows of one step at most. max_waiting: length of the queue. max_step_tokens: tokens of one step at most
+    (a longer prompt is prefilled in chunks). max_context: None for the model's own. kv_bytes, adapter_bytes: device
+    memory for KV pages and for adapter rank rows; None takes a share of what is free. host_adapter_bytes: adapters
+    kept in host memory. max_rank: rank of an adapter at most. threads: CPU threads of the model, None for all cores.
     """
 
     base: str

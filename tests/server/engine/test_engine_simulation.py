@@ -6,10 +6,10 @@ import random
 from functools import cache
 
 import pytest
-from support.stamping import POISON, VOCAB, World, make_world
 
 from adaplex_server.engine.messages import Cancel, DropAdapter, LoadAdapter, Submit
 from adaplex_server.vocabulary import SamplingParams
+from support.stamping import POISON, VOCAB, World, make_world
 
 RANKS = {"r1": 1, "r2": 8, "r3": 9, "r4": 17, "r5": 30, "r6": 4, f"r{POISON}": 8}
 
@@ -133,5 +133,10 @@ def test_the_lives_reach_what_they_are_for() -> None:
     assert sum(s.adapter_evictions for s in stats) > 20
     assert sum(s.prefix_hit_tokens for s in stats) > 100
     errors = {end.error for world in worlds for (end,) in world.ends.values()}
-    assert {end.reason for world in worlds for (end,) in world.ends.values()} == {"stop", "length", "cancelled", "error"}
+    assert {end.reason for world in worlds for (end,) in world.ends.values()} == {
+        "stop",
+        "length",
+        "cancelled",
+        "error",
+    }
     assert errors >= {"Overloaded", "DeadlineExceeded", "RowFailed", "ModelNotFound", "StorageFailed"}
