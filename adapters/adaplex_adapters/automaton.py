@@ -166,7 +166,9 @@ class Automaton:
         wanted = node is op.ASSERT
         if direction > 0:
             return lambda text, at: bool(self._ends(start, accept, text, at)) == wanted
-        width = inner.getwidth()[0]
+        width, most = inner.getwidth()
+        if width != most:
+            raise PatternRefused("it looks behind by no fixed width")
         return lambda text, at: (at >= width and at in self._ends(start, accept, text, at - width)) == wanted
 
     def _char_test(self, node: Any, value: Any) -> Test:

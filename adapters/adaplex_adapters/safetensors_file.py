@@ -130,7 +130,7 @@ def tensors_in(data: torch.Tensor, entries: tuple[TensorEntry, ...]) -> dict[str
     found = {}
     for entry in entries:
         raw = data[entry.begin : entry.end]
-        if raw.data_ptr() % entry.dtype.itemsize:
+        if raw.storage_offset() % entry.dtype.itemsize or raw.data_ptr() % entry.dtype.itemsize:
             raw = raw.clone()
         found[entry.name] = raw.view(entry.dtype).view(entry.shape)
     return found
