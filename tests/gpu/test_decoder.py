@@ -23,6 +23,7 @@ from adaplex_server.model.formats.nf4 import Nf4Linear, nf4_linear
 from adaplex_server.model.kv_cache import KvCache
 from adaplex_server.model.linear import Linear
 from adaplex_server.model.random_base import random_base
+from adaplex_server.model.warm_up import warm_up
 
 CUDA = torch.device("cuda")
 PAGE = 16
@@ -225,6 +226,26 @@ def test_a_row_among_sixty_four(models: tuple[Model, Model], dtype: torch.dtype)
     for row in (0, 7, 31, 50, 63):
         assert torch.equal(gpu.run(next_tokens([row]))[0], together[row])
     assert torch.equal(gpu.run(next_tokens(many[20:53])), together[20:53])
+
+
+@pytest.mark.parametrize("models", [("llama", "nf4")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bfloat16"])
+def test_no_kernel_is_compiled_once_warm(
+    models: tuple[Model, Model], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the warm-up and one adapter's prompt, no mix of rows waits for the compiler."""
+    import triton
+
+    gpu, _ = models
+    warm_up(gpu.decoder, PAGE, 512)
+    gpu.run(prompts([0]))
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **seen: compiled.append(seen["repr"]))
+    for rows in ([1], [0, 2], [3, 4, 5], range(7), range(19), range(33), range(64)):
+        gpu.run(prompts(rows[:8]))
+        gpu.run(next_tokens(rows))
+        gpu.run([*next_tokens(rows[1:]), *prompts(rows[:1])])
+    assert compiled == []
 
 
 def _near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

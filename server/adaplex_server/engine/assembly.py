@@ -27,6 +27,7 @@ from adaplex_server.model.config import ModelConfig, read_config
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.families import base_shape
 from adaplex_server.model.kv_cache import KvCache
+from adaplex_server.model.warm_up import warm_up
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCORE_BYTES = 128 << 20
@@ -94,8 +95,12 @@ def _build_parts(
             config, plan.adapter_pages, settings.max_slots, plan.pages_per_slot, pool_dtype(dtype, device), device
         )
     eos = frozenset(config.eos_token_ids)
+    decoder = Decoder(base, adapters, plan.max_context)
+    if device.type == "cuda":
+        send(Progress("compiling kernels", 1.0))
+        warm_up(decoder, settings.page_size, min(settings.max_step_tokens, plan.max_context))
     executor = Executor(
-        Decoder(base, adapters, plan.max_context),
+        decoder,
         kv,
         Sampler(eos),
         lambda work: build_step(work, settings.page_size, device),

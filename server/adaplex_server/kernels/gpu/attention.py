@@ -120,11 +120,15 @@ def _prefill(
     _attend[(tiles, keys.shape[2], 1)](
         q, keys, values, token_start, context_lens, page_table, out, out,
         q.stride(0), q.stride(1), page_table.stride(0), rows, 1, scale, window,
-        CHUNK=0, DECODE=False, ROWS=next_power_of_2(rows), **constants, num_warps=8, num_stages=2,
+        CHUNK=0, DECODE=False, ROWS=max(64, next_power_of_2(rows)), **constants, num_warps=8, num_stages=2,
     )  # fmt: skip
 
 
-@triton.jit
+# What changes from step to step must not ask for another compilation.
+@triton.jit(
+    do_not_specialize=["rows", "splits", "table_stride", "window"],
+    do_not_specialize_on_alignment=["start_ptr", "context_ptr", "table_ptr"],
+)
 def _attend(
     q_ptr,
     keys_ptr,
@@ -236,7 +240,7 @@ def _attend(
         tl.store(out_ptr + at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "window"], do_not_specialize_on_alignment=["start_ptr", "context_ptr"])
 def _combine(
     partial_ptr,
     weight_ptr,

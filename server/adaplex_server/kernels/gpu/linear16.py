@@ -47,7 +47,7 @@ def linear16(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product(
     x_ptr,
     w_ptr,

@@ -200,7 +200,7 @@ def _few_rows(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None) -> to
     if splits > 1:
         block = 1024
         _add_parts[(cdiv(n, block), m)](
-            sums, bias if bias is not None else y, y, n, m * n, SPLITS=splits, BIAS=bias is not None, BLOCK=block
+            sums, bias if bias is not None else y, y, n, m, SPLITS=splits, BIAS=bias is not None, BLOCK=block
         )
     return y
 
@@ -307,7 +307,8 @@ def _look_up(
     return tl.load(table_ptr + ((word >> shift) & 15)).to(T)
 
 
-@triton.jit
+# Another number of rows must not ask for another compilation.
+@triton.jit(do_not_specialize=["M"])
 def _product(
     x_ptr,
     words_ptr,
@@ -377,15 +378,15 @@ def _product(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=m_mask & n_mask[:, None])
 
 
-@triton.jit
-def _add_parts(sums_ptr, bias_ptr, y_ptr, N, MN, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["M"])
+def _add_parts(sums_ptr, bias_ptr, y_ptr, N, M, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """y = the parts' sums, added in order, plus bias."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = n < N
     at = tl.program_id(1) * N + n
     total = tl.load(sums_ptr + at, mask=mask, other=0.0)
     for part in tl.static_range(1, SPLITS):
-        total += tl.load(sums_ptr + part * MN + at, mask=mask, other=0.0)
+        total += tl.load(sums_ptr + part * M * N + at, mask=mask, other=0.0)
     if BIAS:
         total += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=mask)

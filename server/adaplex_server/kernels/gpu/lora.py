@@ -72,7 +72,8 @@ def add_lora(
     )  # fmt: skip
 
 
-@triton.jit
+# What changes from step to step must not ask for another compilation.
+@triton.jit(do_not_specialize=["ordered", "rows"], do_not_specialize_on_alignment=["order_ptr", "tiles_ptr"])
 def _shrink(
     x_ptr,
     a_ptr,
@@ -130,7 +131,7 @@ def _shrink(
     tl.store(out, total, mask=row_mask[:, None] & t_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ordered", "rows"], do_not_specialize_on_alignment=["order_ptr", "tiles_ptr"])
 def _expand(
     y_ptr,
     h_ptr,

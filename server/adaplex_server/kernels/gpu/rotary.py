@@ -50,7 +50,7 @@ def rotate_and_write(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rotate(
     q_ptr,
     k_ptr,
