@@ -29,7 +29,9 @@ from adaplex_adapters.errors import (
 )
 from adaplex_adapters.names import check_name
 from adaplex_adapters.reader import ReadLimits, read_adapter
+from adaplex_adapters.spec import LoraAdapter
 from adaplex_adapters.store import AdapterStore
+from adaplex_server.engine.messages import AdapterLoaded
 from adaplex_server.model.config import read_config
 from adaplex_server.model.families import base_shape
 from adaplex_server.service.engine_client import EngineClient
@@ -205,26 +207,19 @@ class Registry:
     async def _install(self, name: str, folder: Path, source: str, *, skip_same: bool = False) -> AdapterInfo:
         """Read, store, prove, record; then the name points at the new revision, and the old one may go."""
         self._check_free(name)
-        store, catalogue, shape = self._open_store()
+        _, _, shape = self._open_store()
         async with self._installing, self._name_locks.hold(name):
             adapter = await asyncio.to_thread(read_adapter, folder, shape, self._limits)
             spec = adapter.spec
             before = self._entries.get(name)
             if skip_same and before and before.spec.revision == spec.revision and name not in self._failed:
                 return self._info(name)
-            # From here on nobody drops this revision.
-            self._uses.begin(None, spec.revision)
             try:
-                async with self._revision_locks.hold(spec.revision):
-                    await asyncio.to_thread(store.commit, adapter)
-                    del adapter
-                    proof = await self._engine.link().load(spec.revision)
-                    entry = await asyncio.to_thread(catalogue.put, name, spec, source)
-                self._entries[name] = entry
-                self._failed.pop(name, None)
-                self._resident[spec.revision] = self._engine.state.restarts
-            finally:
-                self._uses.end(None, spec.revision)
+                proof = await self._place(name, adapter, source)
+            except BaseException:
+                await self._retire(spec.revision)
+                raise
+            del adapter
             log.info(
                 "adapter %s is revision %s, loaded and proved in %.3f s (its logits differ from the base's by %.3g)",
                 name, spec.revision[:12], proof.seconds, proof.max_logit_difference,
@@ -232,6 +227,22 @@ class Registry:
             if before:
                 await self._retire(before.spec.revision)
             return self._info(name)
+
+    async def _place(self, name: str, adapter: LoraAdapter, source: str) -> AdapterLoaded:
+        """Store, prove and record under the name's lock; nobody drops the revision meanwhile."""
+        store, catalogue, _ = self._open_store()
+        spec = adapter.spec
+        self._uses.begin(None, spec.revision)
+        try:
+            async with self._revision_locks.hold(spec.revision):
+                await asyncio.to_thread(store.commit, adapter)
+                proof = await self._engine.link().load(spec.revision)
+                self._entries[name] = await asyncio.to_thread(catalogue.put, name, spec, source)
+        finally:
+            self._uses.end(None, spec.revision)
+        self._failed.pop(name, None)
+        self._resident[spec.revision] = self._engine.state.restarts
+        return proof
 
     async def _unload(self, name: str) -> AdapterInfo:
         if name in self._base_names:
@@ -289,11 +300,12 @@ class Registry:
         try:
             root = root.resolve()
             found = (root / path).resolve()
+            is_folder = found.is_dir()
         except (OSError, ValueError, RuntimeError) as error:
             raise InvalidRequest("the path is not one that can be opened", param="path") from error
         if root not in found.parents:
             raise InvalidRequest("the path is not inside the server's adapter folder", param="path")
-        if not found.is_dir():
+        if not is_folder:
             raise NotFound("there is no such folder in the server's adapter folder", param="path")
         return found
 

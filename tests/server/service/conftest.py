@@ -1,12 +1,25 @@
-"""Two small tokenizers of the two kinds that are served, made here so that no test needs a model."""
+"""Tokenizers of the two kinds that are served, a tiny base with adapters, and a service over a fake engine."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from adaplex_server.engine.settings import EngineSettings
+from adaplex_server.model.config import read_config
+from adaplex_server.model.families import base_shape
+from adaplex_server.service.service import Service
+from adaplex_server.service.settings import ServiceSettings
+from support.tiny_base import make_base, make_tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Name an adapter, stream its answer.",
@@ -70,3 +83,78 @@ def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama_like_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save(llama_like_tokenizer(), tmp_path_factory.mktemp("llama-like"), bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with a token for each byte."""
+    return make_base(tmp_path_factory.mktemp("tiny-base"), make_tokenizer())
+
+
+def write_adapter(folder: Path, base: Path, seed: int, rank: int = 4) -> Path:
+    """A PEFT LoRA folder on q_proj and v_proj that fits `tiny_base`; another seed is another content."""
+    shape = base_shape(read_config(base))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, linear in shape.linears.items():
+        if path.endswith(("q_proj", "v_proj")):
+            name = f"base_model.model.{path}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, linear.in_features, generator=generator)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(linear.out_features, rank, generator=generator)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "v_proj"],
+        "base_model_name_or_path": "tiny",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """Three PEFT folders of different content."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return tuple(write_adapter(folder / f"a{seed}", tiny_base, seed) for seed in range(3))
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_base: Path) -> ServiceSettings:
+    """A service over the fake engine, in a data folder of its own; quick to restart."""
+    return ServiceSettings(
+        data_dir=tmp_path,
+        engine=EngineSettings(base=str(tiny_base), store=str(tmp_path / "adapters"), base_name="tiny", quantize="none"),
+        aliases=("base",),
+        restart_first=0.05,
+        restart_longest=0.2,
+        engine_command=(sys.executable, str(Path(__file__).parent / "fake_engine.py")),
+    )
+
+
+@pytest.fixture
+async def service(settings: ServiceSettings) -> AsyncIterator[Service]:
+    """Started, and closed at the end."""
+    made = Service(settings)
+    await made.start()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def running(settings: ServiceSettings) -> AsyncIterator[Callable[..., Awaitable[Service]]]:
+    """Starts services with other settings, one after the other or together, and closes them at the end."""
+    made: list[Service] = []
+
+    async def start(**changes: Any) -> Service:
+        service = Service(replace(settings, **changes))
+        made.append(service)
+        await service.start()
+        return service
+
+    yield start
+    for service in made:
+        await service.close()
