@@ -1,7 +1,7 @@
 """One HTTP connection: uvicorn's httptools protocol with the bounds that it lacks.
 
-A connection that sends no complete request head in time is closed; so is one whose head, or whose unwanted body after
-the answer, is too large. Parse errors are told in OpenAI's form.
+A connection is ended if no complete request head comes in time, if a head or an unwanted body after the answer is too
+large, or if its reader stays behind: its rows must not be held by a full socket. Parse errors are told in OpenAI's form.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def bounded_protocol(settings: HttpSettings) -> type[asyncio.Protocol]:
         _head_bytes = 0
         _discarded = 0
         _head_timer: asyncio.TimerHandle | None = None
+        _stall_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -32,6 +33,7 @@ def bounded_protocol(settings: HttpSettings) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._head_arrived()
+            self._caught_up()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -59,6 +61,14 @@ def bounded_protocol(settings: HttpSettings) -> type[asyncio.Protocol]:
                     self.transport.close()
             super().on_body(body)
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._stall_timer = self.loop.call_later(settings.stall, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._caught_up()
+            super().resume_writing()
+
         def send_400_response(self, msg: str) -> None:
             body = error_bytes(InvalidRequest(msg if msg.endswith(".") else f"{msg}."))
             head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
@@ -72,6 +82,11 @@ def bounded_protocol(settings: HttpSettings) -> type[asyncio.Protocol]:
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
+
+        def _caught_up(self) -> None:
+            if self._stall_timer is not None:
+                self._stall_timer.cancel()
+                self._stall_timer = None
 
         def _close(self) -> None:
             if not self.transport.is_closing():

@@ -1,7 +1,7 @@
 """A stream of server-sent events, and the one place that knows whether the first byte has gone.
 
 Until then an error becomes an HTTP status; afterwards it becomes an event with an error object, and the stream ends
-without [DONE]. A client that leaves, and one that reads nothing for a while, end the events' iterator.
+without [DONE]. A client that leaves ends the events' iterator.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ async def _told(
 
 
 class _EventStream(EventSourceResponse):
-    """sse-starlette's response: headers, pings, and the end when the client leaves or stalls (its pings notice that).
+    """sse-starlette's response: headers, pings, and the end when the client leaves.
 
     Only the loop over the events is our own: they are ready-made bytes, and the library's conversion, logging and
     timeout around each of them cost as much again as the write itself.
@@ -99,7 +99,6 @@ class _EventStream(EventSourceResponse):
         super().__init__(
             self._told,
             ping=settings.ping,
-            send_timeout=settings.stall,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
             sep="\n",
         )

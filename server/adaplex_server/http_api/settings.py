@@ -13,7 +13,7 @@ class HttpSettings:
     head. max_prompts: prompts in one completions request. batch_width: how many of them are under way at once, so that
     a long batch does not fill the queue by itself. first_byte_patience: how long an error can still become an HTTP
     status; after that a stream is opened and errors are told inside it. ping: between comment lines on a stream.
-    stall: a reader that takes nothing for this long is dropped. body_idle: a body that stops arriving for this long is
+    stall: a reader that stays behind for this long is dropped. body_idle: a body that stops arriving for this long is
     refused. header: for a request's head to arrive. keep_alive: an idle connection. drain: for running answers after
     `stop`. default_deadline: of a request, None for no limit.
     """

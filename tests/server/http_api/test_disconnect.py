@@ -88,7 +88,7 @@ def test_patience_opens_the_stream_and_pings(service: Any, serve: Any) -> None:
 
 def test_a_reader_that_stalls_is_dropped(service: Any, serve: Any) -> None:
     """Its row must not be held for ever by a full socket."""
-    settings = HttpSettings(ping=0.1, stall=0.2)
+    settings = HttpSettings(stall=0.2)
     with serve(service, settings) as address:
         parts = urlsplit(address)
         connection = socket.socket()
