@@ -44,6 +44,7 @@ def load_frozen_base(folder: Path, name: str, device: str = "auto") -> FrozenBas
     config = _read_config(folder)
     try:
         import bitsandbytes
+        import peft  # noqa: F401 (wanted soon: better missed here, before the base is loaded)
         import transformers
     except ImportError as error:
         raise StartupError(f"training needs the extra 'train' (pip install 'adaplex[train]'): {error}") from error

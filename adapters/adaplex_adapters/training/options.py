@@ -27,7 +27,7 @@ class TrainOptions:
     learning_rate: float | None = None
     epochs: float = 3.0
     max_steps: int | None = None
-    batch_size: int = 16
+    batch_size: int = 8
     accumulation: int = 1
     max_length: int = 1024
     warmup: float = 0.05

@@ -8,7 +8,9 @@ import typer
 
 from adaplex_adapters.errors import AdaplexError, StartupError
 from adaplex_server.cli import adapters, bench
+from adaplex_server.cli.merge import merge_command
 from adaplex_server.cli.serve import serve
+from adaplex_server.cli.train import train_command
 
 app = typer.Typer(
     name="adaplex",
@@ -17,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve)
+app.command("train")(train_command)
+app.command("merge")(merge_command)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(bench.app, name="bench")
 

@@ -71,7 +71,7 @@ def train_command(
         float | None,
         typer.Option(help="Learning rate. [default: 2e-4 x 4096 / width of the base]", rich_help_panel=COURSE),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a forward pass.", rich_help_panel=COURSE)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Rows a forward pass.", rich_help_panel=COURSE)] = 8,
     accumulation: Annotated[int, typer.Option(help="Forward passes an update.", rich_help_panel=COURSE)] = 1,
     warmup: Annotated[
         float, typer.Option(help="Share of the steps with rising rate; cosine after.", rich_help_panel=COURSE)
