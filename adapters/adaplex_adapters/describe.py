@@ -30,7 +30,7 @@ class AdapterReport:
 
 
 def check_adapter(folder: Path, base: BaseShape | None, limits: ReadLimits | None = None) -> AdapterReport:
-    """Read the folder as the server would; never raises for what is wrong with the adapter. base: None checks no fit."""
+    """Read the folder as the server would; never raises for a bad adapter. base: None checks no fit."""
     limits = limits or ReadLimits()
     try:
         adapter = read_unfitted(folder, limits)

@@ -32,8 +32,8 @@ def check_fit(adapter: LoraAdapter, config: LoraConfigFile, base: BaseShape, bud
             for path in sorted(adapter.modules.keys() - set(targeted))
         ]
         + [
-            f"target_modules in {CONFIG_FILE} names {shown(name)}, which no adapted module of the base {base.name} has; "
-            "take it out if it is not needed."
+            f"target_modules in {CONFIG_FILE} names {shown(name)}, which no adapted module of {base.name} "
+            "has; take it out if it is not needed."
             for name in rule.names_without(targeted)
         ]
     )
@@ -46,7 +46,7 @@ def _shape_problem(adapter: LoraAdapter, path: str, base: BaseShape) -> str | No
     found = list(module.a.shape), list(module.b.shape)
     if found == expected:
         return None
-    return f"Module {path} has A {found[0]}, B {found[1]}; the base wants {expected[0]}, {expected[1]}."
+    return f"Module {path} has A {found[0]}, B {found[1]}; the base: {expected[0]}, {expected[1]}."
 
 
 def _wrong_base(config: LoraConfigFile, base: BaseShape) -> str:

@@ -53,7 +53,7 @@ def _check(value: object, what: str) -> None:
     while waiting:
         item, depth = waiting.pop()
         if isinstance(item, str):
-            if any("\ud800" <= c <= "\udfff" for c in item):
+            if not item.isascii() and any("\ud800" <= c <= "\udfff" for c in item):
                 raise refuse(f"{what} holds half of a character: {shown(item)}.")
             continue
         if isinstance(item, dict):

@@ -66,9 +66,26 @@ def test_all_linear_targets_all() -> None:
 
 keys = st.one_of(
     st.sampled_from(PATHS),
-    st.sampled_from(["q_proj", "proj", "self_attn.q_proj", r"layers\.1\..*", "1.self_attn.v_proj", r".*down_proj", "^h",
-                     r"(q|v)_proj", r"^model.*", r"[^.]+_proj", "", "layers.1", r"\d+\.mlp\.down_proj", r"(?<=\.)q_proj", "a|b"]),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            "q_proj",
+            "proj",
+            "self_attn.q_proj",
+            r"layers\.1\..*",
+            "1.self_attn.v_proj",
+            r".*down_proj",
+            "^h",
+            r"(q|v)_proj",
+            r"^model.*",
+            r"[^.]+_proj",
+            "",
+            "layers.1",
+            r"\d+\.mlp\.down_proj",
+            r"(?<=\.)q_proj",
+            "a|b",
+        ]
+    ),
+)
 
 
 @settings(max_examples=200, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import random
@@ -138,7 +139,7 @@ def test_tar_links_and_devices(kind: str, name: str, tmp_path: Path) -> None:
     if kind == "CONTTYPE":  # "contiguous" is a regular file
         assert unpack(path).keys() == GOOD.keys() | ({name} & GOOD.keys())
         return
-    with pytest.raises(InvalidAdapter, match="is a link|neither a file"):
+    with pytest.raises(InvalidAdapter, match=r"is a link|neither a file"):
         unpack(path)
 
 
@@ -149,14 +150,14 @@ def test_zip_links_and_devices(kind: int, tmp_path: Path) -> None:
         info = zipfile.ZipInfo("README.md")
         info.external_attr = (kind | 0o777) << 16
         archive.writestr(info, "/etc/passwd")
-    with pytest.raises(InvalidAdapter, match="is a link|neither a file"):
+    with pytest.raises(InvalidAdapter, match=r"is a link|neither a file"):
         unpack(path)
 
 
 def test_zip_names_are_not_cut_at_nul(tmp_path: Path) -> None:
     path = make_zip(tmp_path / "a.zip", [*GOOD.items(), ("READMEx.txt", b"")])
     path.write_bytes(path.read_bytes().replace(b"READMEx.txt", b"README\0.txt"))
-    with pytest.raises(InvalidAdapter, match="impossible name|damaged"):
+    with pytest.raises(InvalidAdapter, match=r"impossible name|damaged"):
         unpack(path)
 
 
@@ -248,10 +249,8 @@ def test_mutated_archives(make: Maker, tmp_path: Path) -> None:
         staging.mkdir()
         data = [good[:at], good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :]][number % 3 > 0]
         (staging / "a").write_bytes(data)
-        try:
+        with contextlib.suppress(InvalidAdapter, RequestTooLarge):
             assert unpack(staging / "a").keys() <= GOOD.keys()
-        except (InvalidAdapter, RequestTooLarge):
-            pass
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
