@@ -6,6 +6,7 @@ frequency penalties over generated ones.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -24,8 +25,7 @@ def adjust(logits: torch.Tensor, rows: Sequence[Row], eos: frozenset[int]) -> to
         return logits
     logits = logits.clone()
     if penalized:
-        index = torch.tensor(penalized, device=logits.device)
-        logits[index] = _penalize(logits[index], [rows[i] for i in penalized])
+        _penalize(logits, {i: rows[i] for i in penalized})
     if biased:
         values = torch.tensor([value for _, _, value in biased], dtype=logits.dtype, device=logits.device)
         logits.index_put_(_index([(i, token) for i, token, _ in biased], logits), values, accumulate=True)
@@ -45,28 +45,24 @@ def _banned(row: Row, eos: frozenset[int]) -> Iterable[int]:
     return {*eos, *row.sampling.stop_token_ids}
 
 
-def _penalize(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    counts = torch.zeros_like(logits)
-    generated = [(i, token) for i, row in enumerate(rows) for token in row.tokens[row.prompt_length :]]
-    if generated:
-        ones = torch.ones(len(generated), dtype=counts.dtype, device=counts.device)
-        counts.index_put_(_index(generated, logits), ones, accumulate=True)
-    seen = counts > 0
-    repeating = [(i, t) for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1 for t in set(row.tokens)]
-    if repeating:
-        known = seen.clone()
-        known[_index(repeating, logits)] = True
-        factor = _column([row.sampling.repetition_penalty for row in rows], logits)
-        logits = torch.where(known, torch.where(logits > 0, logits / factor, logits * factor), logits)
-    presence = _column([row.sampling.presence_penalty for row in rows], logits)
-    frequency = _column([row.sampling.frequency_penalty for row in rows], logits)
-    return logits - presence * seen - frequency * counts
+def _penalize(logits: torch.Tensor, rows: dict[int, Row]) -> None:
+    """Change, in place, the logits of the tokens that a penalty of their row touches, and no others."""
+    touched: list[tuple[int, int]] = []
+    factors: list[float] = []
+    addends: list[float] = []
+    for i, row in rows.items():
+        s, counts = row.sampling, Counter(row.tokens[row.prompt_length :])
+        tokens = counts.keys() if s.repetition_penalty == 1 else {*row.tokens}
+        touched += [(i, token) for token in tokens]
+        factors += [s.repetition_penalty] * len(tokens)
+        addends += [-(s.presence_penalty * (token in counts) + s.frequency_penalty * counts[token]) for token in tokens]
+    index = _index(touched, logits)
+    factor = torch.tensor(factors, dtype=logits.dtype, device=logits.device)
+    values = logits[index]
+    values = torch.where(values > 0, values / factor, values * factor)
+    logits[index] = values + torch.tensor(addends, dtype=logits.dtype, device=logits.device)
 
 
 def _index(pairs: Sequence[tuple[int, int]], like: torch.Tensor) -> _Index:
     both = torch.tensor(pairs, device=like.device).T
     return both[0], both[1]
-
-
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

@@ -3,8 +3,9 @@
 Order of the filters as in transformers and vLLM: temperature, then top_k, top_p, min_p. In the order of falling
 probability (ties: lower id first) each filter keeps a beginning, so together they keep the shortest of these.
 
-Sorting the whole vocabulary is dear, so the `_PREFIX` likeliest tokens are tried first; a row that keeps more takes
-the full sort. Rows without a filter need no order at all and go by token id. Sums run in float64.
+Sorting the whole vocabulary is dear, so a few of the likeliest tokens are tried first (`_PREFIXES`); a row that keeps
+more goes on, at last to the full sort. Where it stops depends on that row alone, and its token does not depend on it.
+Rows without a filter need no order at all and go by token id. Sums run in float64.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from adaplex_server.engine.randomness import uniform
 from adaplex_server.engine.row import Row
 
-_PREFIX = 512
+_PREFIXES = (256, 4096)
 
 
 def choose_randomly(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
@@ -42,28 +43,39 @@ def _filters(row: Row) -> bool:
 
 
 def _choose_filtered(p: torch.Tensor, u: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    width = min(_PREFIX, p.shape[-1])
-    best, ids = p.topk(width, dim=-1)
-    ids, by_id = ids.sort(-1)
-    best, by_value = torch.sort(best.gather(-1, by_id), dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, by_value)
-    tokens, kept = _pick(best, ids, u, rows)
-    if width == p.shape[-1]:
-        return tokens
-    # Which of several tokens equal to the prefix's last one are in it is not determined: a row may not need those.
-    certain = (best > best[:, -1:]).sum(-1)
-    beyond = torch.tensor([row.sampling.top_k > width for row in rows], device=p.device)
-    wide = (beyond | (kept[:, 0] > certain)).nonzero()[:, 0].tolist()
-    if wide:
-        values, order = torch.sort(p[wide], dim=-1, descending=True, stable=True)
-        tokens[wide] = _pick(values, order, u[wide], [rows[i] for i in wide])[0]
+    """Among the likeliest tokens first, and once more among more of them for the rows that kept all that were sure."""
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=p.device)
+    left = list(range(len(rows)))
+    for width in _PREFIXES:
+        part = [rows[i] for i in left]
+        values, ids, sure = _likeliest(p[left], width)
+        tokens[left], kept = _pick(values, ids, u[left], part)
+        short = torch.tensor([row.sampling.top_k > width for row in part], device=p.device) | (kept > sure)
+        left = [left[i] for i in short.nonzero()[:, 0].tolist()]
+        if not left:
+            return tokens
+    values, ids = torch.sort(p[left], dim=-1, descending=True, stable=True)
+    tokens[left] = _pick(values, ids, u[left], [rows[i] for i in left])[0]
     return tokens
+
+
+def _likeliest(p: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `width` likeliest of each row in falling order, lower ids first among equals: values and ids [R, width]; and
+    how many of them are sure [R]. Which of several tokens equal to the last one are here is left to topk, so these
+    are not.
+    """
+    values, ids = p.topk(min(width, p.shape[-1]), dim=-1)
+    ids, by_id = ids.sort(-1)
+    values, by_value = torch.sort(values.gather(-1, by_id), dim=-1, descending=True, stable=True)
+    whole = values.shape[-1] == p.shape[-1]
+    sure = torch.full_like(ids[:, 0], p.shape[-1]) if whole else (values > values[:, -1:]).sum(-1)
+    return values, ids.gather(-1, by_value), sure
 
 
 def _pick(
     p: torch.Tensor, ids: torch.Tensor, u: torch.Tensor, rows: Sequence[Row]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """p, ids [R, K] in falling order. The tokens [R], and how many of the K were kept [R, 1]."""
+    """p, ids [R, K] in falling order. The tokens [R], and how many of the K were kept [R]."""
     width = p.shape[-1]
     top_k = _column([row.sampling.top_k or width for row in rows], p).long()
     top_p = _column([row.sampling.top_p for row in rows], p)
@@ -75,7 +87,7 @@ def _pick(
     by_min_p = (p.double() >= min_p * p[:, :1].double()).sum(-1, keepdim=True)
     by_top_p = torch.where(top_p < 1, by_top_p, width)
     kept = torch.minimum(torch.minimum(top_k, by_top_p), by_min_p).clamp(min=1, max=width)
-    return ids.gather(-1, _invert(sums, u, kept)[:, None])[:, 0], kept
+    return ids.gather(-1, _invert(sums, u, kept)[:, None])[:, 0], kept[:, 0]
 
 
 def _invert(sums: torch.Tensor, u: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
