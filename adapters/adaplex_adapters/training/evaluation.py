@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from adaplex_adapters.training.conversations import Chat
 from adaplex_adapters.training.encoding import prompt_ids
 from adaplex_adapters.training.frozen_base import FrozenBase
 
-SPARE_TOKENS = 4
+SPARE_TOKENS = 8
 SERVED_TIMEOUT_S = 300.0
 
 
@@ -37,11 +37,11 @@ class Score:
         return self.matched / len(self.answers)
 
 
-def answer_limit(rows: Sequence[Chat]) -> int:
-    """Tokens to generate: a token has at least one byte, so an answer that reaches the limit is longer than every
-    right one.
+def answer_limit(lengths: Iterable[int]) -> int:
+    """Tokens to generate for answers of these lengths, in tokens or in bytes (a token has at least one byte): an
+    answer that reaches the limit is longer than every right one.
     """
-    return max(len(row.messages[-1].content.encode()) for row in rows) + SPARE_TOKENS
+    return max(lengths) + SPARE_TOKENS
 
 
 def score(rows: Sequence[Chat], answers: Sequence[str]) -> Score:
@@ -65,15 +65,15 @@ def load_with_adapter(base: FrozenBase, adapter: Path) -> FrozenBase:
 
 @torch.no_grad()
 def greedy_answers(base: FrozenBase, rows: Sequence[Chat], batch_size: int = 16) -> list[str]:
-    """One greedy answer a row, of at most `answer_limit` tokens, batched with rows of about the same length."""
+    """One greedy answer a row, not much longer than the right one, batched with rows of about the same length."""
     tokenizer = base.tokenizer
     prompts = [prompt_ids(row, tokenizer) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     answers = [""] * len(rows)
-    limit = answer_limit(rows)
     base.model.eval()
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
+        limit = answer_limit(len(tokenizer.encode(rows[i].messages[-1].content)) for i in group)
         for i, text in zip(group, _generate(base, [prompts[i] for i in group], limit), strict=True):
             answers[i] = text
     return answers
@@ -106,7 +106,7 @@ def evaluate_served(base_url: str, model: str, rows: Sequence[Chat], streams: in
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    limit = answer_limit(rows)
+    limit = answer_limit(len(row.messages[-1].content.encode()) for row in rows)
     with ThreadPoolExecutor(streams) as pool:
         answers = list(pool.map(lambda row: served_answer(base_url, model, row, limit), rows))
     return score(rows, answers)

@@ -60,4 +60,4 @@ def test_a_refusal_and_a_missing_server_are_errors_not_wrong_answers(url: str) -
 def test_scoring_needs_an_answer_for_every_row() -> None:
     with pytest.raises(ValueError):
         score(ROWS, ["0"])
-    assert answer_limit(ROWS) > 1
+    assert answer_limit([1, 5, 3]) > 5
