@@ -1,0 +1,166 @@
+"""Order, fairness and limits of the scheduler, seen through an engine with the stamping model."""
+
+from __future__ import annotations
+
+from adaplex_server.engine.messages import Cancel, Submit
+from adaplex_server.vocabulary import SamplingParams
+from support.stamping import VOCAB, World, make_world
+
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+
+
+def longer(tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+
+
+def submit(world: World, row: int, revision: str | None = None, sampling: SamplingParams = GREEDY, **more: int) -> None:
+    world.inbox.put(Submit(row, [row % VOCAB, 5, 6], sampling, revision, **more))
+
+
+def steps_until(world: World, row: int, most: int = 500) -> int:
+    """Steps until the row has its first token."""
+    for step in range(most):
+        world.deliver()
+        world.step()
+        if row in world.tokens:
+            return step
+    raise AssertionError(f"row {row} starves")
+
+
+def test_a_waiting_adapter_gets_the_only_slot_though_the_resident_one_never_rests() -> None:
+    world = make_world({"r1": 1, "r2": 1}, slots=1, max_rows=4)
+    for row in range(100, 400):
+        submit(world, row, "r1", longer(6))
+        if row == 120:
+            submit(world, 1, "r2")
+        if row == 130:
+            submit(world, 2)
+        world.deliver()
+        world.step()
+    assert {1, 2} <= world.ends.keys()
+    world.settle()
+    assert world.engine.stats().adapter_evictions >= 2
+
+
+def test_rows_of_resident_adapters_do_not_wait_for_those_that_need_a_slot() -> None:
+    world = make_world({"r1": 1, "r2": 1}, slots=1)
+    submit(world, 1, "r1", longer(12))
+    steps_until(world, 1)
+    submit(world, 2, "r2")
+    submit(world, 3, "r1")
+    assert steps_until(world, 3) <= 1 and 2 not in world.tokens
+    world.settle()
+    assert all(ends[0].reason == "length" for ends in world.ends.values())
+
+
+def test_adapters_take_turns_however_many_rows_one_has() -> None:
+    world = make_world({"r1": 1, "r2": 1}, max_rows=1)
+    for row in range(10):
+        submit(world, row, "r1", longer(1))
+    submit(world, 50, "r2", longer(1))
+    submit(world, 51, None, longer(1))
+    world.settle()
+    order = list(world.ends)
+    assert order.index(50) <= 4 and order.index(51) <= 4
+    assert [row for row in order if row < 10] == list(range(10))
+
+
+def test_priority_goes_first_and_is_preempted_last() -> None:
+    world = make_world({}, max_rows=1)
+    submit(world, 1, sampling=longer(2))
+    world.step()
+    submit(world, 2)
+    submit(world, 3, priority=-1)
+    submit(world, 4, priority=1)
+    world.settle()
+    assert list(world.ends) == [1, 3, 2, 4]
+
+    world = make_world({}, kv_pages=14, prefix_cache=False)
+    submit(world, 1, sampling=longer(40))
+    submit(world, 2, sampling=longer(40), priority=-1)
+    world.settle()
+    assert list(world.ends) == [2, 1] and world.engine.stats().preemptions >= 1
+
+
+def test_a_long_prompt_is_read_in_chunks_beside_decodes() -> None:
+    world = make_world({}, max_step_tokens=16, kv_pages=64)
+    submit(world, 1, sampling=longer(30))
+    steps_until(world, 1)
+    world.inbox.put(Submit(2, [i % VOCAB for i in range(50)], GREEDY))
+    before = len(world.tokens[1])
+    steps = steps_until(world, 2)
+    assert steps == 3 and len(world.tokens[1]) == before + 4 and world.model.largest_step == 16
+
+
+def test_the_queue_is_bounded_and_hints_when_to_retry() -> None:
+    world = make_world({}, max_rows=1, max_waiting=2)
+    submit(world, 0, sampling=longer(20))
+    world.step()
+    for row in range(1, 5):
+        submit(world, row)
+    world.step()
+    refused = [ends[0] for ends in world.ends.values()]
+    assert [end.row for end in refused] == [3, 4]
+    assert all(end.error == "Overloaded" and end.retry_after and end.retry_after > 0 for end in refused)
+    world.settle()
+    assert len(world.ends) == 5
+
+
+def test_cancel_and_deadline_free_within_a_step() -> None:
+    world = make_world({"r1": 1}, max_rows=1)
+    submit(world, 1, "r1", longer(30))
+    steps_until(world, 1)
+    submit(world, 2, deadline=5)
+    submit(world, 3, sampling=longer(50), deadline=9)
+    world.inbox.put(Cancel(1))
+    world.step()
+    assert world.ends[1][0].reason == "cancelled" and world.engine.stats().running == 1
+    world.now[0] = 6
+    world.step()
+    world.now[0] = 10
+    world.step()
+    assert world.engine.stats().running == 0 and world.engine.stats().pages_used == 2
+    world.settle()
+    assert {world.ends[r][0].error for r in (2, 3)} <= {None, "DeadlineExceeded"}
+    assert world.ends[3][0].error == "DeadlineExceeded" and "generating" in world.ends[3][0].message
+
+
+def test_what_cannot_fit_is_refused_and_the_context_ends_the_rest() -> None:
+    world = make_world({}, context=20)
+    world.inbox.put(Submit(1, list(range(20)), GREEDY))
+    world.inbox.put(Submit(2, list(range(17)), GREEDY))
+    world.inbox.put(Submit(3, [], GREEDY))
+    world.inbox.put(Submit(4, [1], SamplingParams(max_tokens=0)))
+    world.settle()
+    assert world.ends[1][0].error == world.ends[3][0].error == "PromptTooLong"
+    assert world.ends[2][0].reason == "length" and len(world.tokens[2]) == 3
+    assert world.ends[4][0].reason == "length" and 4 not in world.tokens
+
+
+def test_a_prefix_is_found_again_and_told() -> None:
+    world = make_world({"r1": 1})
+    prompt = [i % VOCAB for i in range(21)]
+    for row, revision in enumerate([None, None, "r1", "r1"]):
+        world.inbox.put(Submit(row, prompt, GREEDY, revision))
+        world.settle()
+    assert [world.tokens[row][0].cached_tokens for row in range(4)] == [0, 20, 0, 20]
+    assert world.text(0) == world.text(1) != world.text(2) == world.text(3)
+
+
+def test_out_of_memory_makes_steps_smaller_and_never_ends_the_engine() -> None:
+    quiet, short = make_world({}), make_world({})
+    for world in (quiet, short):
+        for row in range(6):
+            submit(world, row, sampling=longer(10))
+    for _ in range(4):
+        quiet.step()
+        short.step()
+    short.model.fail_next = 3
+    quiet.settle()
+    short.settle()
+    assert all(short.text(row) == quiet.text(row) for row in range(6)) and short.engine.stats().preemptions >= 3
+
+    submit(short, 9)
+    short.model.fail_next = 50
+    short.settle()
+    assert short.ends[9][0].error == "Unavailable" and short.ends[9][0].retry_after
