@@ -31,6 +31,7 @@ RECIPE = Recipe(
     instruction="Write as an ISO date:",
     make_pair=make_pair,
     options=TrainOptions(rank=8, epochs=1.0, batch_size=16, held_out=0.0, seed=1),
+    train_rows=1440,
 )
 
 if __name__ == "__main__":
