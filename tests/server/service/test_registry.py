@@ -85,6 +85,14 @@ async def test_reload_under_streams(service: Service, adapters: tuple[Path, ...]
     assert service.registry.describe("x").running == 0
 
 
+async def test_reload_without_streams_has_dropped_the_old_when_it_answers(
+    service: Service, adapters: tuple[Path, ...]
+) -> None:
+    await service.registry.load_folder("x", adapters[0])
+    new = await service.registry.load_folder("x", adapters[1])
+    assert stored(service) == {new.revision}
+
+
 async def test_unload_under_streams(service: Service, adapters: tuple[Path, ...]) -> None:
     old = await service.registry.load_folder("x", adapters[0])
     items = stream(service, "x")

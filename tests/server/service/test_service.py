@@ -27,7 +27,8 @@ from adaplex_server.service.service import Service
 from adaplex_server.service.settings import ServiceSettings
 from adaplex_server.vocabulary import Delta, Finish, GenerateRequest
 
-ENDLESS = 400
+ENDLESS = 90_000
+"""Tokens of a row that would take minutes: it ends in time only when it is cancelled."""
 
 
 def asked(
@@ -87,6 +88,16 @@ async def test_stop_string_ends_row_and_is_not_sent(service: Service) -> None:
     await eventually(lambda: rows(service) == 0)
 
 
+async def test_stopped_choice_frees_its_row_while_others_go_on(service: Service) -> None:
+    async with aclosing(service.generate(asked(service, stop=["/7"], n=2, max_tokens=ENDLESS))) as items:
+        async for item in items:
+            if isinstance(item, Finish):
+                assert item.index == 0
+                break
+        await eventually(lambda: rows(service) == 1)
+        assert (await anext(items)).index == 1
+
+
 async def test_deltas_carry_the_tokens_of_their_text(service: Service) -> None:
     request = asked(service, stop=["7.basX"], max_tokens=40)
     tokens: list[int] = []
@@ -124,8 +135,8 @@ async def test_unknown_model_lists_what_there_is(service: Service, adapters: tup
 
 async def test_bad_requests_are_refused_before_the_first_item(service: Service) -> None:
     good = asked(service)
-    with pytest.raises(PromptTooLong, match="512"):
-        asked(service, prompt="x" * 512)
+    with pytest.raises(PromptTooLong, match="100000"):
+        asked(service, prompt="x" * 100_000)
     with pytest.raises(InvalidRequest, match="empty"):
         asked(service, prompt="")
     for prompt in ((-1,), (10**6,)):
