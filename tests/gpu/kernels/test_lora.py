@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,11 +21,13 @@ SHAPES = (
     (1100, ((0, 150),)),
     (64, ((0, 530), (530, 600))),
 )
+if os.environ.get("TRITON_INTERPRET") == "1":
+    SHAPES = SHAPES[:2]
 # Rows as (tokens, slot).
 BATCHES = {
     "distinct": [(1, 0), (1, 1), (1, 2), (1, 3), (1, -1), (1, 5)],
     "identical": [(1, 2)] * 18,
-    "skewed": [(1, 3), (30, 0), (1, 1), (2, -1), (70, 2), (1, 3), (1, 0)],
+    "skewed": [(1, 3), (20, 0), (1, 1), (2, -1), (70, 2), (1, 3), (1, 0)],
     "one base row": [(1, -1)],
     "an adapter without rank": [(3, 4), (1, 1)],
 }
@@ -93,7 +96,9 @@ def test_mixed_batches(
     made = pool(k, spans, dtype, device)
     if large_tiles:
         monkeypatch.setattr(tiling, "_MANY_TOKENS", 0)
-    for rows in BATCHES.values():
+    for name, rows in BATCHES.items():
+        if large_tiles and name != "skewed":
+            continue
         starts = [0, *accumulate(count for count, _ in rows)]
         x = torch.randn(starts[-1], k, dtype=dtype, device=device)
         y = torch.randn(starts[-1], spans[-1][1], dtype=dtype, device=device)

@@ -57,7 +57,7 @@ def add_lora(
     h = torch.empty(1 if inside else segments, order.shape[0], rows, dtype=torch.float32, device=x.device)
     _shrink[(count, cdiv(rows, 16), 1 if inside else segments)](
         x, a, slot_pages, slot_page_count, order, tiles, h,
-        order.shape[0], rows, slot_pages.stride(0), x.stride(0),
+        order.shape[0], max_pages, slot_pages.stride(0), x.stride(0),
         K=k, TARGETS=targets, RANK_PAGE=rank_page, TOKENS=tile_tokens, SEGMENT=_SEGMENT, SEGMENTS=segments,
         INSIDE=inside, BLOCK_K=128, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -66,14 +66,14 @@ def add_lora(
     blocks = sum(cdiv(end - begin, block_n) for begin, end in spans)
     _expand[(count, blocks)](
         y, h, b, scaling, slot_pages, slot_page_count, order, tiles,
-        order.shape[0], rows, slot_pages.stride(0), y.stride(0), ends[0], ends[1], ends[2], ends[3],
+        order.shape[0], max_pages, slot_pages.stride(0), y.stride(0), ends[0], ends[1], ends[2], ends[3],
         N=n, TARGETS=targets, RANK_PAGE=rank_page, TOKENS=tile_tokens, SEGMENTS=1 if inside else segments,
         BLOCK_N=block_n, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
 # What changes from step to step must not ask for another compilation.
-@triton.jit(do_not_specialize=["ordered", "rows"], do_not_specialize_on_alignment=["order_ptr", "tiles_ptr"])
+@triton.jit(do_not_specialize=["ordered", "max_pages"], do_not_specialize_on_alignment=["order_ptr", "tiles_ptr"])
 def _shrink(
     x_ptr,
     a_ptr,
@@ -83,7 +83,7 @@ def _shrink(
     tiles_ptr,
     h_ptr,
     ordered,
-    rows,
+    max_pages,
     pages_stride,
     x_stride,
     K: tl.constexpr,
@@ -103,6 +103,7 @@ def _shrink(
     if count == 0:
         return
     PER_PAGE: tl.constexpr = RANK_PAGE * TARGETS
+    rows = max_pages * PER_PAGE
     own_rows = tl.load(page_count_ptr + slot) * PER_PAGE
     if tl.program_id(1) * 16 >= own_rows:
         return
@@ -131,7 +132,7 @@ def _shrink(
     tl.store(out, total, mask=row_mask[:, None] & t_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["ordered", "rows"], do_not_specialize_on_alignment=["order_ptr", "tiles_ptr"])
+@triton.jit(do_not_specialize=["ordered", "max_pages"], do_not_specialize_on_alignment=["order_ptr", "tiles_ptr"])
 def _expand(
     y_ptr,
     h_ptr,
@@ -142,7 +143,7 @@ def _expand(
     order_ptr,
     tiles_ptr,
     ordered,
-    rows,
+    max_pages,
     pages_stride,
     y_stride,
     end0,
@@ -164,6 +165,7 @@ def _expand(
     if count == 0:
         return
     rank = tl.load(page_count_ptr + slot) * RANK_PAGE
+    rows = max_pages * (RANK_PAGE * TARGETS)
     # Blocks are counted target by target, so that none straddles two.
     block = tl.program_id(1)
     target = 0
