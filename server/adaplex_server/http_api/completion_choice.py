@@ -10,7 +10,7 @@ from adaplex_server.http_api.choices import Choice, finish_reason
 from adaplex_server.http_api.schemas.answers import PromptLogprobs, TextChoice, TextLogprobs
 from adaplex_server.http_api.schemas.completions import CompletionRequest, Prompt
 from adaplex_server.http_api.tokens import TextLogprobsWriter, joined, prompt_logprobs
-from adaplex_server.service.service import TextCodec
+from adaplex_server.service.text_codec import TextCodec
 from adaplex_server.vocabulary import Finish
 
 

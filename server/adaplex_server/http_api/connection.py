@@ -1,7 +1,7 @@
 """One HTTP connection: uvicorn's httptools protocol with the bounds that it lacks.
 
 A connection is ended if no complete request head comes in time, if a head or an unwanted body after the answer is too
-large, or if its reader stays behind: its rows must not be held by a full socket. Parse errors are told in OpenAI's form.
+large, or if its reader stays behind: its rows must not be held by a full socket. Parse errors are told as JSON.
 """
 
 from __future__ import annotations

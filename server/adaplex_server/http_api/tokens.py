@@ -13,7 +13,7 @@ from adaplex_server.http_api.schemas.answers import (
     TextLogprobs,
     TopLogprob,
 )
-from adaplex_server.service.service import TextCodec
+from adaplex_server.service.text_codec import TextCodec
 from adaplex_server.vocabulary import TokenLogprob
 
 _LOWEST = -9999.0  # OpenAI's stand-in for a probability of zero, whose logarithm JSON cannot hold
