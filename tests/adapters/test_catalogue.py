@@ -90,7 +90,7 @@ def test_a_damaged_file_is_left_alone(kind: str, path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(BROKEN[kind])
     for opening in (Catalogue, peek):
-        with pytest.raises(StartupError, match="left as it is"):
+        with pytest.raises(StartupError, match=f"{'is empty' if kind == 'empty' else ''}.*left as it is"):
             opening(path)
     assert path.read_bytes() == BROKEN[kind]
 
