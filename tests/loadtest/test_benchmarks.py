@@ -11,8 +11,10 @@ import torch
 
 from adaplex_loadtest import shapes
 from adaplex_loadtest.engine_bench import Batch, bench, settings_for
+from adaplex_loadtest.random_checkpoint import write_random_checkpoint
 from adaplex_loadtest.statistics import percentile, summary
-from adaplex_server.model.config import parse_config
+from adaplex_server.model.base import load_base
+from adaplex_server.model.config import parse_config, read_config
 from adaplex_server.model.random_base import random_base
 
 TINY = shapes.SHAPES["135m"] | {
@@ -46,3 +48,17 @@ def test_percentiles() -> None:
     assert percentile([5], 0.99) == 5
     assert math.isnan(percentile([], 0.5))
     assert summary([0.001, 0.002, 0.003])["p50"] == 2.0
+
+
+@pytest.mark.parametrize("form", ["nf4", "gptq"])
+def test_a_random_checkpoint_loads_as_a_real_one_does(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64})
+    folder = write_random_checkpoint(tmp_path / "made", "tiny", form, tmp_path)  # type: ignore[arg-type]
+    config = read_config(folder)
+    place = {"dtype": torch.float32, "device": torch.device("cpu")}
+    base = load_base(folder, config=config, quantize="nf4", double_quant=True, **place)  # type: ignore[arg-type]
+    weight = base.layers[1].linears["down"].dequantized()
+    assert weight.shape == (128, 256)
+    assert 0.5 < weight.std() * 256**0.5 < 2, "a linear keeps the scale of its input"

@@ -98,6 +98,27 @@ def peft(
     compare_bench.compare(_batches(batches), prompt, output, rank, threads, repeats)
 
 
+@app.command()
+def checkpoint(
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    shape: Annotated[str, typer.Option(help="135m, 1.7b or 8b.")] = "8b",
+    format: Annotated[str, typer.Option(help="nf4 or gptq.")] = "gptq",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder with a tokenizer; the embedded base's unless given.")
+    ] = None,
+) -> None:
+    """Write a base with random weights, to measure a whole server at a shape that is not at hand."""
+    from adaplex_loadtest import random_checkpoint, shapes
+    from adaplex_server.bases.embedded import ensure_embedded
+
+    if shape not in shapes.SHAPES or format not in ("nf4", "gptq"):
+        raise InvalidRequest(
+            f"no shape '{shape}' as {format!r}; shapes: {', '.join(shapes.SHAPES)}; formats: nf4, gptq"
+        )
+    source = tokenizer or ensure_embedded()
+    random_checkpoint.write_random_checkpoint(out, shape, format, source)  # type: ignore[arg-type]
+
+
 def _batches(text: str) -> list[tuple[int, int]]:
     try:
         pairs = [tuple(int(number) for number in part.split(":")) for part in text.split(",")]
