@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,29 @@ from running_server import RunningServer
 ROOT = Path(__file__).parents[2]
 BASE = "smollm2-135m-instruct"
 ADAPTER = ROOT / "examples" / "itn-en" / "adapter"
-NUMBERS = [{"role": "user", "content": "the bill came to forty two dollars"}]
+NUMBERS = [{"role": "user", "content": "the bill came to twelve dollars and fifty cents"}]
 STORY: list[Any] = [{"role": "user", "content": "Tell me a long story."}]
 
 
 @pytest.fixture(scope="module")
 def client(server: RunningServer) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=120) as made:
+        limit = time.monotonic() + 60
+        while "itn-en" not in {one.id for one in made.models.list()}:
+            assert time.monotonic() < limit, "the demo adapters are not there"
+            time.sleep(0.2)
         yield made
 
 
 def say(client: OpenAI, model: str, messages: list[Any], **more: Any) -> str:
-    answer = client.chat.completions.create(model=model, messages=messages, temperature=0, **{"max_tokens": 24, **more})
+    answer = client.chat.completions.create(model=model, messages=messages, temperature=0, **{"max_tokens": 16, **more})
     return str(answer.choices[0].message.content)
 
 
 def test_the_model_field_chooses_the_adapter(client: OpenAI) -> None:
     assert {BASE, "itn-en"} <= {one.id for one in client.models.list()}
-    assert say(client, "itn-en", NUMBERS) == "the bill came to $42"
-    assert say(client, BASE, NUMBERS) != "the bill came to $42"
+    assert say(client, "itn-en", NUMBERS) == "the bill came to $12.50"
+    assert say(client, BASE, NUMBERS) != "the bill came to $12.50"
 
 
 def test_a_stream_says_the_same_as_the_whole_answer(client: OpenAI) -> None:
@@ -44,7 +49,7 @@ def test_a_stream_says_the_same_as_the_whole_answer(client: OpenAI) -> None:
                 model=model,
                 messages=STORY,
                 temperature=0,
-                max_tokens=24,
+                max_tokens=16,
                 stream=True,
                 stream_options={"include_usage": True},
             )
@@ -68,7 +73,7 @@ def test_choices_and_seeds(client: OpenAI) -> None:
 def test_a_stop_string_is_not_shown(client: OpenAI) -> None:
     whole = say(client, BASE, STORY)
     word = whole.split()[3]
-    got = client.chat.completions.create(model=BASE, messages=STORY, temperature=0, max_tokens=24, stop=[word])
+    got = client.chat.completions.create(model=BASE, messages=STORY, temperature=0, max_tokens=16, stop=[word])
     assert got.choices[0].message.content == whole[: whole.index(word)]
     assert got.choices[0].finish_reason == "stop"
 
@@ -76,19 +81,18 @@ def test_a_stop_string_is_not_shown(client: OpenAI) -> None:
 def test_scoring_agrees_with_generating(client: OpenAI) -> None:
     """What a greedy answer said of its tokens is what echo says of them as a prompt."""
     for model in (BASE, "itn-en"):
-        prompt = "The capital of France is"
-        made = client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=8, logprobs=2).choices[0]
-        scored = client.completions.create(
-            model=model, prompt=prompt + made.text, max_tokens=0, echo=True, logprobs=2
+        ids = {"return_token_ids": True}
+        made = client.completions.create(
+            model=model, prompt="The capital of France is", temperature=0, max_tokens=8, logprobs=2, extra_body=ids
         ).choices[0]
-        assert made.logprobs is not None
-        assert scored.logprobs is not None
-        generated = list(zip(made.logprobs.tokens or [], made.logprobs.token_logprobs or [], strict=True))[:8]
-        tail = slice(-len(generated), None)
-        assert (scored.logprobs.tokens or [])[tail] == [token for token, _ in generated]
-        for (_, one), two in zip(generated, (scored.logprobs.token_logprobs or [])[tail], strict=True):
-            assert math.isclose(one, two, abs_tol=0.1), "bfloat16, prefill against decode"
-        assert scored.text == prompt + made.text
+        prompt, answer = made.prompt_token_ids, made.token_ids  # type: ignore[attr-defined]
+        assert len(answer) > 2
+        scored = client.completions.create(model=model, prompt=prompt + answer, max_tokens=0, echo=True, logprobs=2)
+        told = scored.choices[0].logprobs
+        assert scored.choices[0].text == "The capital of France is" + made.text
+        assert told.tokens[len(prompt) :] == made.logprobs.tokens[: len(answer)]
+        for one, two in zip(made.logprobs.token_logprobs, told.token_logprobs[len(prompt) :], strict=False):
+            assert math.isclose(one, two, abs_tol=0.25), "logits of 16 and more are 1/8 apart in bfloat16"
 
 
 def test_errors(client: OpenAI) -> None:
@@ -101,12 +105,12 @@ def test_errors(client: OpenAI) -> None:
 
 async def test_64_streams_over_four_models(server: RunningServer, client: OpenAI) -> None:
     models = [BASE, *(one.id for one in client.models.list() if one.id != BASE)][:4]
-    expected = {model: say(client, model, NUMBERS, max_tokens=8) for model in models}
+    expected = {model: say(client, model, NUMBERS, max_tokens=6) for model in models}
     async with AsyncOpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=120) as many:
 
         async def one(model: str) -> tuple[str, str]:
             stream = await many.chat.completions.create(
-                model=model, messages=NUMBERS, temperature=0, max_tokens=8, stream=True
+                model=model, messages=NUMBERS, temperature=0, max_tokens=6, stream=True
             )
             return model, "".join([c.choices[0].delta.content or "" async for c in stream])
 
@@ -132,7 +136,7 @@ def test_an_uploaded_adapter_serves_and_goes(server: RunningServer, client: Open
     made = httpx.post(f"{server.http}/v1/adapters", data={"name": "again"}, files=files, timeout=60)
     assert made.status_code == 201, made.text
     assert made.json()["revision"] == httpx.get(f"{server.http}/v1/adapters/itn-en").json()["revision"]
-    assert say(client, "again", NUMBERS) == "the bill came to $42"
+    assert say(client, "again", NUMBERS) == "the bill came to $12.50"
     assert httpx.delete(f"{server.http}/v1/adapters/again", timeout=60).status_code == 200
     with pytest.raises(NotFoundError):
         say(client, "again", NUMBERS)
