@@ -118,7 +118,7 @@ def settings_for(zoo: Zoo, **changes: Any) -> EngineSettings:
         "base_name": "tiny",
         "dtype": "float32",
         "device": "cpu",
-        "kv_bytes": 13 * 16 * 2 * 2 * 2 * 16 * 4,
+        "kv_bytes": 11 * 16 * 2 * 2 * 2 * 16 * 4,
         "max_rows": 8,
         "max_step_tokens": 24,
         "max_context": 128,

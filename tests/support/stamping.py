@@ -115,6 +115,7 @@ class World:
     engine: Engine
     parts: Parts
     model: StampModel
+    kv: KvCache
     inbox: queue.SimpleQueue
     sent: list[msgspec.Struct]
     asked: list[str]
@@ -194,6 +195,7 @@ def make_world(
         start_read=asked.append,
         send=sent.append,
         eos=frozenset({EOS}),
+        vocab_size=VOCAB,
         max_scores=max_scores,
     )
-    return World(Engine(parts, inbox, lambda: now[0]), parts, model, inbox, sent, asked, ranks, now)
+    return World(Engine(parts, inbox, lambda: now[0]), parts, model, kv, inbox, sent, asked, ranks, now)

@@ -114,6 +114,7 @@ def _build_parts(
         start_read=AdapterReader(read, inbox.put),
         send=send,
         eos=eos,
+        vocab_size=config.vocab_size,
         max_scores=max_scores(config),
     )
 

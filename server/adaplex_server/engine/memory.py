@@ -58,7 +58,7 @@ def plan_memory(settings: EngineSettings, model: ModelBytes, free: int, on_gpu: 
     if adapter_bytes is None:
         share = int(usable * (0.20 if on_gpu else 0.10))
         useful = settings.max_slots * slot_pages * model.adapter_page
-        adapter_bytes = min(share, useful, usable if on_gpu else max(_GIB // 2, 4 * slot_pages * model.adapter_page))
+        adapter_bytes = min(share, useful, usable if on_gpu else max(_GIB // 2, slot_pages * model.adapter_page))
     if kv_bytes + adapter_bytes > usable:
         what = f"KV pages of {_mib(kv_bytes)} and adapters of {_mib(adapter_bytes)} do not fit into {_mib(usable)}"
         raise StartupError(f"{what} that are free beside the base; lower kv_bytes or adapter_bytes, or free memory")

@@ -51,6 +51,7 @@ def connect(
     start_read: Callable[[str], None],
     send: Send,
     eos: frozenset[int],
+    vocab_size: int,
     max_scores: int,
 ) -> Parts:
     """device: makes the adapter device from the probe's KV pages. start_read: has an adapter read, which comes back as
@@ -69,6 +70,7 @@ def connect(
         max_context=plan.max_context,
         max_scores=max_scores,
         page_size=settings.page_size,
+        vocab_size=vocab_size,
         eos=eos,
     )
     scheduler = Scheduler(limits, cache, slots, placement)

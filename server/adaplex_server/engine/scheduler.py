@@ -13,7 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, Overloaded, PromptTooLong, RowFailed, Unavailable
+from adaplex_adapters.errors import (
+    AdaplexError,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    RowFailed,
+    Unavailable,
+)
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
 from adaplex_server.engine.messages import RowEnd, RowToken, Submit
 from adaplex_server.engine.placement import Placement
@@ -30,7 +38,7 @@ _LEAST_STEP = 16
 class Limits:
     """max_scores: prompt tokens of a step whose log-probabilities are wanted, at most (each one costs a row of logits).
 
-    eos: the model's own end tokens. max_context: tokens of a row, prompt and answer.
+    eos: the model's own end tokens. max_context: tokens of a row, prompt and answer. vocab_size: token ids end below.
     """
 
     max_rows: int
@@ -39,6 +47,7 @@ class Limits:
     max_context: int
     max_scores: int
     page_size: int
+    vocab_size: int
     eos: frozenset[int] = frozenset()
 
 
@@ -102,6 +111,9 @@ class Scheduler:
         if length == 0 or length > context or (length == context and sampling.max_tokens > 0):
             what = f"a prompt of {length} tokens leaves no room for an answer: the context is {context} tokens"
             self.fail(row, PromptTooLong(what if length else "the prompt is empty: send at least one token"))
+        elif (strange := self._strange_token(message)) is not None:
+            what = f"token id {strange} is not in the vocabulary of {self.limits.vocab_size}"
+            self.fail(row, InvalidRequest(what))
         elif sampling.max_tokens == 0 and not row.scoring:
             self._end(row, "length")
         elif len(self._waiting) >= self.limits.max_waiting:
@@ -213,6 +225,13 @@ class Scheduler:
         self.step_tokens = min(self.step_tokens * 2, self.limits.max_step_tokens)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _strange_token(self, message: Submit) -> int | None:
+        """A token id outside the vocabulary would be an index outside the device's tensors, and the end of all rows."""
+        s = message.sampling
+        named = (*message.prompt, *s.logit_bias, *s.stop_token_ids)
+        low, high = min(named), max(named)
+        return low if low < 0 else high if high >= self.limits.vocab_size else None
 
     def _first_orders(self) -> dict[str, tuple[int, int]]:
         return {revision: row.order for revision, row in self._waiting.heads().items()}

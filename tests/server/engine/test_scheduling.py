@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adaplex_server.engine.messages import Cancel, Submit
 from adaplex_server.vocabulary import SamplingParams
-from support.stamping import VOCAB, World, make_world
+from support.stamping import POISON, VOCAB, World, make_world
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
@@ -137,6 +137,22 @@ def test_what_cannot_fit_is_refused_and_the_context_ends_the_rest() -> None:
     assert world.ends[4][0].reason == "length" and 4 not in world.tokens
 
 
+def test_token_ids_outside_the_vocabulary_end_only_their_row() -> None:
+    world = make_world({})
+    bad = [
+        ([VOCAB], GREEDY),
+        ([-1], GREEDY),
+        ([1], SamplingParams(max_tokens=4, logit_bias={VOCAB + 5: 1.0})),
+        ([1], SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(10**9,))),
+    ]
+    for row, (prompt, sampling) in enumerate(bad):
+        world.inbox.put(Submit(row, prompt, sampling))
+    submit(world, 9)
+    world.settle()
+    assert [world.ends[row][0].error for row in range(4)] == ["InvalidRequest"] * 4
+    assert world.ends[9][0].reason == "length"
+
+
 def test_a_prefix_is_found_again_and_told() -> None:
     world = make_world({"r1": 1})
     prompt = [i % VOCAB for i in range(21)]
@@ -164,3 +180,40 @@ def test_out_of_memory_makes_steps_smaller_and_never_ends_the_engine() -> None:
     short.model.fail_next = 50
     short.settle()
     assert short.ends[9][0].error == "Unavailable" and short.ends[9][0].retry_after
+
+
+def test_a_failed_row_leaves_no_trace_in_cache_or_pages() -> None:
+    """Its numbers are not finite, and its neighbours, the next row on its pages, and the same prompt later are."""
+    poisoned = f"r{POISON}"
+    world = make_world({poisoned: 1}, kv_pages=24)
+    kept = []
+    for row in range(40):
+        world.inbox.put(Submit(row, [(row + i) % VOCAB for i in range(9)], longer(6), poisoned))
+        world.settle()
+        (end,) = world.ends[row]
+        if end.error is None:
+            kept.append(row)
+            continue
+        assert end.error == "RowFailed"
+        world.inbox.put(Submit(100 + row, [1], GREEDY))
+        world.settle()
+        assert bool(world.kv.keys[0].isfinite().all()), "a page of the failed row was not zeroed"
+        before = world.parts.scheduler.hit_tokens
+        world.inbox.put(Submit(200 + row, [(row + i) % VOCAB for i in range(9)], longer(1), poisoned))
+        world.settle()
+        assert world.parts.scheduler.hit_tokens == before, "a page of the failed row is still in the prefix cache"
+    assert 0 < len(kept) < 40
+
+
+def test_a_scored_prompt_survives_preemption() -> None:
+    """The row is thrown out in the middle of its prompt; its scores are those of an undisturbed one."""
+    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, prompt_logprobs=1)
+    prompt = [i % VOCAB for i in range(36)]
+    quiet, short = make_world({}, max_scores=2), make_world({}, max_scores=2, kv_pages=16)
+    submit(short, 1, sampling=longer(40))
+    steps_until(short, 1)
+    for world in (quiet, short):
+        world.inbox.put(Submit(2, prompt, sampling))
+        world.settle()
+    assert short.engine.stats().preemptions >= 1
+    assert short.tokens[2] == quiet.tokens[2] and len(short.tokens[2][0].prompt_logprobs or []) == 36
