@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adaplex_adapters.errors import StartupError
 from adaplex_server.bases.locate import locate_base
+from adaplex_server.cli.demo import demo_adapters
 from adaplex_server.engine.settings import EngineSettings
 from adaplex_server.service.settings import ServiceSettings
 from adaplex_server.settings import ServerSettings
@@ -32,9 +33,17 @@ def service_settings(settings: ServerSettings, progress: Callable[[str, float], 
         data_dir=folder,
         engine=engine_settings(settings, base.folder, name, folder),
         adapters_dir=settings.adapters,
+        startup_adapters=startup_adapters(settings),
         drain_seconds=settings.drain_seconds,
         adapter_labels=settings.adapter_labels,
     )
+
+
+def startup_adapters(settings: ServerSettings) -> dict[str, Path]:
+    """Each subfolder of the adapter folder under its own name; where nothing was asked for, the demo adapters."""
+    if settings.adapters is not None:
+        return {p.name: p for p in sorted(settings.adapters.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    return demo_adapters() if settings.base is None else {}
 
 
 def engine_settings(settings: ServerSettings, base: Path, name: str, folder: Path) -> EngineSettings:

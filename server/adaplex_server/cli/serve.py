@@ -12,12 +12,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from adaplex_adapters.errors import AdaplexError
 from adaplex_server.cli.options import with_settings
 from adaplex_server.cli.progress import StartupProgress
 from adaplex_server.settings import ServerSettings, host_and_port, load_settings
 
-log = logging.getLogger("adaplex")
 READY_POLL_SECONDS = 0.5
 
 
@@ -73,7 +71,7 @@ async def run_server(settings: ServerSettings) -> None:
             serving = asyncio.create_task(http_server.run())
             if grpc_server:
                 await grpc_server.start()
-            starting = asyncio.create_task(_start(service, settings))
+            starting = asyncio.create_task(service.start())
             try:
                 await asyncio.wait({starting, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
                 if starting.done():
@@ -83,19 +81,6 @@ async def run_server(settings: ServerSettings) -> None:
             finally:
                 starting.cancel()
                 await _shut_down(service, http_server, grpc_server, serving, settings.drain_seconds)
-
-
-async def _start(service: Any, settings: ServerSettings) -> None:
-    """Load the base, and register the demo adapters where nothing else was asked for."""
-    from adaplex_server.cli.demo import demo_adapters
-
-    await service.start()
-    if settings.base is None and settings.adapters is None:
-        for name, folder in demo_adapters().items():
-            try:
-                await service.registry.load_folder(name, folder)
-            except AdaplexError as error:
-                log.error("demo adapter %s is not served: %s", name, error.message)
 
 
 async def _run_until_stopped(service: Any, grpc_server: Any, stopped: asyncio.Future, serving: asyncio.Task) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -190,19 +190,15 @@ class Registry:
         """
         return await self._finished(self._unload(name))
 
-    async def sync_folder(self, folder: Path) -> None:
-        """Serve each subfolder under its own name.
-
-        One that is refused is logged, and listed as failed with the reason.
-        """
-        found = await asyncio.to_thread(lambda: sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."))
-        for one in found:
+    async def load_folders(self, folders: Mapping[str, Path]) -> None:
+        """Serve each folder under its name. One that is refused is logged, and listed as failed with the reason."""
+        for name, folder in folders.items():
             try:
-                await self.load_folder(one.name, one)
+                await self.load_folder(name, folder)
             except AdaplexError as error:
-                log.error("the adapter folder %a is not served: %s", one.name, error.message)
-                if _is_name(one.name) and one.name not in self._entries and one.name not in self._base_names:
-                    self._failed[one.name] = error.message
+                log.error("the adapter folder %a is not served: %s", name, error.message)
+                if _is_name(name) and name not in self._entries and name not in self._base_names:
+                    self._failed[name] = error.message
 
     async def _install(self, name: str, folder: Path, source: str, *, skip_same: bool = False) -> AdapterInfo:
         """Read, store, prove, record; then the name points at the new revision, and the old one may go."""

@@ -62,7 +62,7 @@ class Service:
     # ---- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Open the catalogue, start the engine, register the adapter folder. Raises StartupError.
+        """Open the catalogue, start the engine, register the adapters of the settings. Raises StartupError.
 
         Then only `close` is left.
         """
@@ -72,8 +72,7 @@ class Service:
             codec = asyncio.create_task(asyncio.to_thread(TextCodec, folder, chat_template=template))
             await asyncio.gather(codec, self._engine.start())
             self._text = codec.result()
-            if self.settings.adapters_dir:
-                await self.registry.sync_folder(self.settings.adapters_dir)
+            await self.registry.load_folders(self.settings.startup_adapters)
         except AdaplexError as error:
             self._phase, self._problem = "failed", error.message
             raise

@@ -6,7 +6,8 @@ Nothing here is read twice.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaplex_server.engine.settings import EngineSettings
@@ -20,9 +21,9 @@ class ServiceSettings:
 
     data_dir: holds catalogue.sqlite3; the adapter store is `engine.store` (by convention data_dir/adapters). engine:
     sent to the engine process as it is; engine.base is also where tokenizer, chat template and config are read.
-    aliases: other names under which the base answers. adapters_dir: each subfolder is registered at start under its
-    own name, and paths sent by clients are accepted only inside it (None: no such paths). chat_template: a jinja
-    template that replaces the tokenizer's own.
+    aliases: other names under which the base answers. startup_adapters: name -> PEFT folder, registered before the
+    service is ready. adapters_dir: paths sent by clients are accepted only inside it (None: no such paths).
+    chat_template: a jinja template that replaces the tokenizer's own.
 
     max_adapter_bytes: size of an adapter's tensor file at most.
 
@@ -37,6 +38,7 @@ class ServiceSettings:
     data_dir: Path
     engine: EngineSettings
     aliases: tuple[str, ...] = ()
+    startup_adapters: Mapping[str, Path] = field(default_factory=dict)
     adapters_dir: Path | None = None
     chat_template: str | None = None
     max_adapter_bytes: int = 4 << 30

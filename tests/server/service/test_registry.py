@@ -221,17 +221,17 @@ async def test_caller_that_goes_away_does_not_stop_a_load(service: Service, adap
 # ---- folders and paths -----------------------------------------------------------------------------------------------
 
 
-async def test_folder_is_served_at_start_and_bad_ones_are_told(
+async def test_adapters_of_the_settings_are_served_at_start_and_bad_ones_are_told(
     running: Starter, adapters: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(adapters[0], folder / "good")
     (folder / "bad").mkdir(parents=True)
-    (folder / "tiny").mkdir()
-    (folder / ".git").mkdir()
+    # The fake base is called tiny: its name is nobody else's.
+    folders = {"bad": folder / "bad", "good": folder / "good", "tiny": folder / "good"}
     log = tmp_path / "log"
     monkeypatch.setenv("FAKE_LOG", str(log))
-    service = await running(adapters_dir=folder)
+    service = await running(startup_adapters=folders)
     listed = {info.name: info for info in service.registry.list()}
     assert {name: info.state for name, info in listed.items()} == {"good": "resident", "bad": "failed"}
     assert "adapter_config.json" in listed["bad"].reason
@@ -239,7 +239,7 @@ async def test_folder_is_served_at_start_and_bad_ones_are_told(
         service.registry.resolve("bad")
     await service.close()
     loads = log.read_text().count("LoadAdapter")
-    again = await running(adapters_dir=folder)
+    again = await running(startup_adapters=folders)
     assert again.registry.describe("good").revision == listed["good"].revision
     assert log.read_text().count("LoadAdapter") == loads  # unchanged content is not proved again
 

@@ -1,0 +1,31 @@
+"""Which adapters are registered at start, and where each base keeps its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adaplex_server.cli.demo import demo_adapters
+from adaplex_server.cli.parts import data_folder, startup_adapters
+from adaplex_server.settings import ServerSettings
+
+
+def test_subfolders_are_adapters_under_their_own_names(tmp_path: Path) -> None:
+    for name in ("b", "a", ".git"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a-file").touch()
+    found = startup_adapters(ServerSettings(adapters=tmp_path))
+    assert list(found.items()) == [("a", tmp_path / "a"), ("b", tmp_path / "b")]
+
+
+def test_the_demo_is_served_only_where_nothing_else_was_asked_for(tmp_path: Path) -> None:
+    assert startup_adapters(ServerSettings()) == demo_adapters()
+    assert startup_adapters(ServerSettings(base="some-base")) == {}
+
+
+def test_the_demo_adapters_of_the_checkout_are_found() -> None:
+    assert set(demo_adapters()) == {"date-iso", "itn-en", "tsql-postgres"}
+
+
+def test_each_base_has_a_data_folder_of_its_own(tmp_path: Path) -> None:
+    settings = ServerSettings(data_dir=tmp_path)
+    assert data_folder(settings, "one") != data_folder(settings, "another")
