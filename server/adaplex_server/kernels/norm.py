@@ -34,7 +34,19 @@ def add_norm(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x: [..., H], weight: [H], of one dtype. On the CPU; also the plain-torch reference."""
+    """x: [..., H], weight: [H], of one dtype. On the CPU."""
+    # Written for few operations: the sum of squares is taken in float32 without a float32 copy of x.
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    inverse = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(x, inverse, out=torch.empty_like(x)).mul_(weight)
+
+
+def reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, center: bool
+) -> torch.Tensor:
+    """The norm of x as the formulas say it; on any device."""
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
+    if center:
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return (wide if bias is None else wide + bias.float()).to(x.dtype)

@@ -141,7 +141,8 @@ def write_adapter(
         linear.scaling[:, slot] = scaling.to(device)
     pool.slot_pages[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32).to(device)
     pool.slot_page_count[slot] = len(pages)
-    pool.host_pages[slot] = tuple(pages)
+    # A new object each time, by which a plan made for the slot's former content is known to be stale.
+    pool.host_pages[slot] = (*pages,)
     return consumed
 
 

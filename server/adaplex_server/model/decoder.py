@@ -1,6 +1,7 @@
 """The one decoder: tokens of all rows in, logits out, for every family and every base format.
 
-Owns nothing that changes. The base is read; the adapter pool is read; keys and values are written where the batch says.
+The base and the adapter pool are read; keys and values are written where the batch says; nothing else is kept between
+steps but the last plan of the adapters.
 
     total, normed = x + delta, norm(x + delta)
     qkv    = normed -> linear (+ LoRA) -> rotary; keys and values into their pages
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from adaplex_server.kernels import dense
 from adaplex_server.kernels.activation import activate
 from adaplex_server.kernels.attention import AttentionRows, attention, attention_rows
-from adaplex_server.kernels.lora import LoraRows, LoraWeights, add_lora, lora_rows
+from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, add_lora, plan_lora
 from adaplex_server.kernels.norm import add_norm
 from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool
@@ -38,7 +39,7 @@ class _Step:
 
     rotation: Rotation
     attention: AttentionRows
-    lora: LoraRows | None
+    lora: LoraPlan | None
     kv_slots: torch.Tensor
 
 
@@ -55,7 +56,7 @@ class Decoder:
         self._up = "gate_up" if self._family.gated else "up"
         self._scale = config.head_dim**-0.5
         self._tables = rotary_tables(config.rope, positions or config.max_context, base.device)
-        self._lora = () if pool is None else tuple(_layer_lora(pool, layer) for layer in range(config.num_layers))
+        self._lora = None if pool is None else _LoraPlanner(pool)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv: KvCache) -> torch.Tensor:
@@ -80,12 +81,7 @@ class Decoder:
             batch.token_start, batch.context_lens, batch.page_table, batch.row_tokens, batch.row_contexts,
             kv.page_size, config.num_kv_heads, config.windows,
         )  # fmt: skip
-        lora = None
-        if self.pool is not None:
-            pool = self.pool
-            lora = lora_rows(
-                batch.row_tokens, batch.row_slots, pool.host_pages, pool.slot_pages, pool.slot_page_count, RANK_PAGE
-            )
+        lora = self._lora.plan(batch.row_tokens, batch.row_slots) if self._lora is not None else None
         return _Step(step_rotation(batch.positions, *self._tables, self.base.dtype), rows, lora, batch.kv_slots)
 
     def _layer(
@@ -127,7 +123,7 @@ class Decoder:
     def _linear(self, layer: int, linear: str, x: torch.Tensor, step: _Step) -> torch.Tensor:
         y = self.base.layers[layer].linears[linear](x)
         if step.lora is not None:
-            add_lora(y, x, self._lora[layer][linear], step.lora)
+            add_lora(y, x, step.lora, linear, layer)
         return y
 
     def _norm(
@@ -137,8 +133,34 @@ class Decoder:
         return add_norm(x, delta, weights.weight, weights.bias, self.base.config.norm_eps, center)
 
 
-def _layer_lora(pool: AdapterPool, layer: int) -> dict[str, LoraWeights]:
-    return {
-        linear: LoraWeights(found.a[layer], found.b[layer], found.scaling[layer], found.targets.spans)
-        for linear, found in pool.linears.items()
-    }
+class _LoraPlanner:
+    """Keeps the plan of the last step, which serves the next one too while the same rows decode with the same
+    adapters.
+    """
+
+    def __init__(self, pool: AdapterPool) -> None:
+        self._host_pages = pool.host_pages
+        self._stacks = {
+            name: LoraStack(linear.a, linear.b, linear.scaling, linear.targets.spans)
+            for name, linear in pool.linears.items()
+        }
+        self._pages = LoraPages(pool.slot_pages, pool.slot_page_count, RANK_PAGE, pool.host_pages)
+        self._last: tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, ...]]] | None = None
+        self._plan: LoraPlan | None = None
+
+    def plan(self, row_tokens: tuple[int, ...], row_slots: tuple[int, ...]) -> LoraPlan | None:
+        """The plan of a step with these rows."""
+        pages = [self._host_pages[slot] for slot in row_slots if slot >= 0]
+        if not pages:
+            return None
+        # A slot that is written again has another tuple of pages, be they the same pages.
+        same = (
+            self._last is not None
+            and self._last[0] == row_tokens
+            and self._last[1] == row_slots
+            and all(old is new for old, new in zip(self._last[2], pages, strict=True))
+        )
+        if not same:
+            self._plan = plan_lora(self._stacks, self._pages, row_tokens, row_slots)
+            self._last = (row_tokens, row_slots, pages)
+        return self._plan
