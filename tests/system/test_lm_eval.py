@@ -58,18 +58,19 @@ def tasks(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokenized", [True, False], ids=["token ids", "strings"])
-def test_the_adapter_scores_better_than_the_base(
-    server: RunningServer, tasks: Path, monkeypatch: pytest.MonkeyPatch, tokenized: bool
+def test_scores_of_an_adapter_and_of_the_base(
+    server: RunningServer, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tasks / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    scores = {model: evaluate(server, model, tasks, tokenized) for model in ("itn-en", BASE)}
-    assert scores["itn-en"] == {"choose_digits": 1.0, "say_digits": 1.0}
-    assert scores[BASE]["say_digits"] < 0.5
+    adapter = evaluate(server, "itn-en", tasks, tokenized=True)
+    assert adapter == evaluate(server, "itn-en", tasks, tokenized=False), "token ids and strings are scored alike"
+    base = evaluate(server, BASE, tasks, tokenized=True)
+    assert adapter["choose_digits"] >= 0.6
+    assert adapter["say_digits"] >= base["say_digits"] + 0.4
 
 
-def evaluate(server: RunningServer, model: str, tasks: Path, tokenized: bool) -> dict[str, float]:
+def evaluate(server: RunningServer, model: str, tasks: Path, *, tokenized: bool) -> dict[str, float]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
