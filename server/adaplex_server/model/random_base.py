@@ -52,9 +52,7 @@ def random_base(
 
 def _layer(config: ModelConfig, format: Format, place: Place, random: torch.Generator) -> LayerWeights:
     widths = {"q": config.head_dim, "k": config.head_dim}
-    norms = {
-        norm: _norm(config, widths.get(norm, config.hidden_size), place) for norm in FAMILIES[config.family].norms
-    }
+    norms = {norm: _norm(config, widths.get(norm, config.hidden_size), place) for norm in FAMILIES[config.family].norms}
     linears: dict[str, Linear] = {}
     for name, targets in linear_targets(config).items():
         weight = _weight(targets.out_features, targets.in_features, format, place, random)
