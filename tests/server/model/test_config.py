@@ -1,0 +1,117 @@
+"""Reading a model's shape: both ways of writing rotary settings, defaults, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaplex_adapters.errors import StartupError
+from adaplex_server.model.config import ModelConfig, parse_config, read_config
+from support.tiny_models import CONFIGS
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def parse(**changes: Any) -> ModelConfig:
+    return parse_config(LLAMA | changes, {}, "m")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_says_what_transformers_says(kind: str, tmp_path: Path) -> None:
+    theirs = CONFIGS[kind]()
+    theirs.save_pretrained(tmp_path)
+    ours = read_config(tmp_path)
+    assert ours.name == tmp_path.name and ours.family == theirs.model_type
+    assert (ours.num_layers, ours.vocab_size) == (theirs.num_hidden_layers, theirs.vocab_size)
+    assert (ours.hidden_size, ours.intermediate_size) == (theirs.hidden_size, theirs.intermediate_size)
+    assert ours.num_kv_heads == getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
+    assert ours.max_context == theirs.max_position_embeddings and ours.tied_head == theirs.tie_word_embeddings
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.dim == int(ours.head_dim * theirs.rope_parameters.get("partial_rotary_factor", 1.0))
+    window = getattr(theirs, "sliding_window", None)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * ours.num_layers
+    assert ours.windows == tuple(window if name == "sliding_attention" else None for name in kinds)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}},
+        {"rope_theta": 500000.0, "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in LLAMA3.items()}},
+    ],
+)
+def test_both_ways_of_writing_rope(written: dict[str, Any]) -> None:
+    rope = parse(**written).rope
+    assert (rope.kind, rope.theta, rope.factor, rope.original_context) == ("llama3", 500000.0, 8.0, 8192)
+
+
+def test_what_may_be_left_out() -> None:
+    config = parse()
+    assert (config.num_kv_heads, config.head_dim, config.rope.theta, config.activation) == (4, 16, 10000.0, "silu")
+    assert config.dtype == "float32" and config.quantization is None and config.eos_token_ids == ()
+    assert parse(torch_dtype="bfloat16").dtype == parse(dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_a_null_window_is_no_window() -> None:
+    assert parse(model_type="mistral", num_key_value_heads=2, sliding_window=None).windows == (None,) * 3
+    assert parse(model_type="mistral", num_key_value_heads=2).windows == (4096,) * 3
+    assert parse(model_type="qwen2", sliding_window=8).windows == (None,) * 3
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    qwen = parse(model_type="qwen3", sliding_window=8, use_sliding_window=True, layer_types=kinds)
+    assert qwen.windows == (None, 8, None)
+
+
+def test_end_tokens_of_both_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 2}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    assert read_config(tmp_path, "named").eos_token_ids == (2, 7)
+    assert read_config(tmp_path, "named").name == "named"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "bert"}, "gpt_neox, llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "unknown model family None"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        ({"hidden_act": "swiglu2"}, "'swiglu2'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_key_value_heads": 3}, "4 attention heads"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(StartupError, match=told):
+        parse(**changes)
+
+
+def test_unreadable_folders(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(StartupError, match="cannot read"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(StartupError, match="not an object"):
+        read_config(tmp_path)
