@@ -79,7 +79,7 @@ class Decoder:
         config = self.base.config
         rows = attention_rows(
             batch.token_start, batch.context_lens, batch.page_table, batch.row_tokens, batch.row_contexts,
-            kv.page_size, config.num_kv_heads, config.windows,
+            kv.page_size, config.num_kv_heads, config.num_heads, config.windows,
         )  # fmt: skip
         lora = self._lora.plan(batch.row_tokens, batch.row_slots) if self._lora is not None else None
         return _Step(step_rotation(batch.positions, *self._tables, self.base.dtype), rows, lora, batch.kv_slots)

@@ -1,0 +1,147 @@
+"""Paged attention on the CPU (see `kernels.attention`): each token's sums in an order that its context alone decides.
+
+A token's keys are taken from `first` (a multiple of 128; 0 without a window) on, padded to a width that is a power of
+two and depends on its own position only; what it does not see is masked. So the lengths of all sums are the same for a
+token that is decoded, prefilled in a chunk of any size, or computed again after a preemption; and as BLAS sums each
+output of a product in one order from four rows on, its bits are the same too. Padding is read from page 0, which holds
+zeros, so that no stale number (NaN) can reach a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+
+_LEAST_WIDTH = 128
+# Rows of a product at least: with fewer, BLAS sums in another order.
+_LEAST_ROWS = 8
+# Scores of one product at most (float32 each), so that a chunk at a long context does not need gigabytes.
+_MOST_SCORES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Piece:
+    """R rows of the step with n tokens each, whose visible contexts share the width C.
+
+    tokens: which of the step's, row by row. entries: [R * KV * C] int64, indices into a layer's keys as [.., D]; head
+    by head. bias: [R, n, C] float32, 0 or -inf.
+    """
+
+    tokens: slice | torch.Tensor
+    entries: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Consecutive tokens of one row, of the same first and width. position: of the first of them."""
+
+    row: int
+    token: int
+    position: int
+    count: int
+    first: int
+    width: int
+
+
+def plan(
+    page_table: torch.Tensor,
+    row_tokens: Sequence[int],
+    row_contexts: Sequence[int],
+    page_size: int,
+    kv_heads: int,
+    heads: int,
+    window: int | None,
+) -> tuple[Piece, ...]:
+    """Once a step: rows with one token together where their widths agree, longer ones by themselves."""
+    single: dict[int, list[_Span]] = {}
+    pieces: list[Piece] = []
+    token = 0
+    for row, (count, context) in enumerate(zip(row_tokens, row_contexts, strict=True)):
+        for span in _spans(row, token, count, context, window, heads):
+            if count == 1:
+                single.setdefault(span.width, []).append(span)
+            else:
+                pieces.append(_piece([span], page_table, row_contexts, page_size, kv_heads, window))
+        token += count
+    pieces.extend(_piece(spans, page_table, row_contexts, page_size, kv_heads, window) for spans in single.values())
+    return tuple(pieces)
+
+
+def attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pieces: Sequence[Piece], scale: float
+) -> torch.Tensor:
+    """q: [T, H, D]. Returns [T, H * D] in q's dtype."""
+    if len(pieces) == 1:
+        return _attend(q, keys, values, pieces[0], scale)
+    out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+    for piece in pieces:
+        tokens = piece.tokens
+        if isinstance(tokens, slice):
+            out[tokens] = _attend(q[tokens], keys, values, piece, scale)
+        else:
+            out.index_copy_(0, tokens, _attend(q.index_select(0, tokens), keys, values, piece, scale))
+    return out
+
+
+def _spans(row: int, token: int, count: int, context: int, window: int | None, heads: int) -> Iterator[_Span]:
+    """The row's tokens by first and width, and not too many at once."""
+    before = context - count
+
+    def extent(position: int) -> tuple[int, int]:
+        first = 0 if window is None else max(0, position + 1 - window) // _LEAST_WIDTH * _LEAST_WIDTH
+        return first, max(_LEAST_WIDTH, 1 << (position - first).bit_length())
+
+    for (first, width), same in groupby(range(before, context), extent):
+        positions = list(same)
+        most = max(_LEAST_ROWS, _MOST_SCORES // (heads * width))
+        for begin in range(0, len(positions), most):
+            part = positions[begin : begin + most]
+            yield _Span(row, token + part[0] - before, part[0], len(part), first, width)
+
+
+def _piece(
+    spans: list[_Span],
+    page_table: torch.Tensor,
+    row_contexts: Sequence[int],
+    page_size: int,
+    kv_heads: int,
+    window: int | None,
+) -> Piece:
+    """spans: of equal count and width."""
+    rows, tokens, firsts, starts = torch.tensor([(s.row, s.token, s.first, s.position) for s in spans]).unbind(1)
+    width, count = spans[0].width, spans[0].count
+    written = torch.tensor([row_contexts[s.row] for s in spans]).unsqueeze(1)
+    positions = firsts.unsqueeze(1) + torch.arange(width)
+    pages = page_table.index_select(0, rows).long()
+    slots = pages.gather(1, (positions // page_size).clamp_(max=pages.shape[1] - 1)) * page_size + positions % page_size
+    slots = slots.masked_fill_(positions >= written, 0)
+    entries = slots.unsqueeze(1) * kv_heads + torch.arange(kv_heads).unsqueeze(1)
+    own = (starts.unsqueeze(1) + torch.arange(count)).unsqueeze(2)
+    seen = positions.unsqueeze(1) <= own
+    if window is not None:
+        seen &= positions.unsqueeze(1) > own - window
+    bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    where = slice(spans[0].token, spans[0].token + count) if len(spans) == 1 else tokens
+    return Piece(where, entries.flatten(), bias)
+
+
+def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, piece: Piece, scale: float) -> torch.Tensor:
+    """q: [R * n, H, D], in the piece's order."""
+    (rows, count, width), (heads, dim), kv_heads = piece.bias.shape, q.shape[1:], keys.shape[2]
+    group = heads // kv_heads
+    k = keys.view(-1, dim).index_select(0, piece.entries).float().view(rows * kv_heads, width, dim)
+    v = values.view(-1, dim).index_select(0, piece.entries).float().view(rows * kv_heads, width, dim)
+    queries = (q.float() * scale).view(rows, count, kv_heads, group, dim).transpose(1, 2)
+    queries = queries.reshape(rows * kv_heads, count * group, dim)
+    if count * group < _LEAST_ROWS:
+        queries = F.pad(queries, (0, 0, 0, _LEAST_ROWS - count * group))
+    scores = torch.bmm(queries, k.mT)
+    own = scores[:, : count * group]
+    own.view(rows, kv_heads, count, group, width).add_(piece.bias[:, None, :, None])
+    out = torch.bmm(torch.softmax(scores, -1), v)[:, : count * group]
+    return out.reshape(rows, kv_heads, count, group, dim).transpose(1, 2).reshape(-1, heads * dim).to(q.dtype)
