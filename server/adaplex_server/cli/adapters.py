@@ -43,7 +43,7 @@ def list_adapters(server: Server = DEFAULT_SERVER) -> None:
             adapter["kind"],
             str(adapter["rank"]),
             " ".join(adapter["targets"]),
-            f"{adapter['size_bytes'] / 1e6:.1f}",
+            f"{adapter['size'] / 1e6:.1f}",
             adapter["state"],
             adapter["revision"][:12],
         )
@@ -66,3 +66,30 @@ def remove_adapter(name: str, server: Server = DEFAULT_SERVER) -> None:
     """Unregister NAME; streams that run finish."""
     call(server, "DELETE", f"/v1/adapters/{name}")
     print(f"removed {name}")
+
+
+@app.command("check")
+def check_folder(
+    folder: Path,
+    base: Annotated[
+        str | None, typer.Option(help="The base it is for, as `adaplex serve --base`; the embedded one unless given.")
+    ] = None,
+) -> None:
+    """Tell what a PEFT folder holds and every problem that would have a server refuse it, without a server."""
+    from adaplex_adapters.describe import check_adapter
+    from adaplex_server.bases.locate import locate_base
+    from adaplex_server.model.config import read_config
+    from adaplex_server.model.families import base_shape
+
+    located = locate_base(base)
+    report = check_adapter(folder, base_shape(read_config(located.folder, located.name)))
+    if spec := report.spec:
+        print(f"{spec.kind}, rank {spec.rank}, {report.modules} modules ({' '.join(spec.targets)})")
+        print(f"{spec.parameters:,} parameters, {spec.nbytes / 1e6:.1f} MB, revision {spec.revision[:12]}")
+    for warning in report.warnings:
+        print(f"warning: {warning}")
+    for problem in report.problems:
+        print(f"problem: {problem}")
+    if report.problems:
+        raise InvalidRequest(f"{folder} would be refused for {located.name}")
+    print(f"fits {located.name}")

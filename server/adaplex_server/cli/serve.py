@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,20 @@ def _serve(config: Path | None, flags: dict[str, Any]) -> None:
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    asyncio.run(run_server(settings))
+    with asyncio.Runner(loop_factory=_event_loop()) as runner:
+        runner.run(run_server(settings))
 
 
 serve = with_settings(_serve)
+
+
+def _event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it exists (not on Windows): it halves the cost of writing a token's event."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def run_server(settings: ServerSettings) -> None:
