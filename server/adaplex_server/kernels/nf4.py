@@ -208,18 +208,23 @@ def unpack_codes(codes: torch.Tensor) -> torch.Tensor:
 def dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[N, K] in dtype: the product in float32, then rounded. In pieces, so that no more than the result is large."""
     size, device = weight.out_features * weight.in_features, weight.codes.device
-    out = torch.empty(size, dtype=dtype, device=device)
+    out = torch.empty(size + size % 2, dtype=dtype, device=device)
     table, absmax = _pair_table(device), weight.plain_absmax()
     for begin in range(0, size, _CHUNK):
-        codes = weight.codes[begin // 2 : (begin + _CHUNK) // 2]
-        values = table.index_select(0, codes.int()).view(torch.float32)[: size - begin]
+        indices = weight.codes[begin // 2 : (begin + _CHUNK) // 2].int()
+        rounded = out[begin : begin + _CHUNK]
+        # In float32 the pairs are gathered straight into the result.
+        pairs = rounded.view(torch.float64) if dtype == torch.float32 else table.new_empty(len(indices))
+        torch.index_select(table, 0, indices, out=pairs)
+        values = pairs.view(torch.float32)[: size - begin]
         whole = values.numel() - values.numel() % BLOCK
         scales = absmax[begin // BLOCK :]
         values[:whole].view(-1, BLOCK).mul_(scales[: whole // BLOCK, None])
         if whole < values.numel():
             values[whole:].mul_(scales[whole // BLOCK])
-        out[begin : begin + _CHUNK] = values
-    return out.view(weight.out_features, weight.in_features)
+        if dtype != torch.float32:
+            rounded[: len(values)] = values
+    return out[:size].view(weight.out_features, weight.in_features)
 
 
 def linear(x: torch.Tensor, weight: Nf4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +121,8 @@ def nf4_linear(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dt
         multiply = nf4_cpu.library()
         if multiply is not None:
             return PackedNf4Linear(nf4_cpu.pack(weight), weight.absmax, multiply, bias)
-    return Nf4Linear(weight, bias)
+    # Expanded for each call: so that the absmax need not be, too, it is kept in float32.
+    return Nf4Linear(replace(weight, absmax=weight.plain_absmax()), bias)
 
 
 def _on_gpu(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
