@@ -15,17 +15,17 @@ N = SPANS[-1][1]
 PAGES = {0: (1,), 1: (2,), 2: (3, 4), 3: tuple(range(6, 30)), 4: (33, 31), 5: (39,)}
 
 
-def make(dtype: torch.dtype = torch.float32) -> tuple[LoraStack, LoraPages]:
+def make(dtype: torch.dtype = torch.float32, spans: tuple[tuple[int, int], ...] = SPANS) -> tuple[LoraStack, LoraPages]:
     """Every rank row is somebody's or NaN-free rubbish, and page 0 is zero."""
     torch.manual_seed(0)
-    a = torch.randn(LAYERS, POOL_PAGES * PAGE, len(SPANS), K).to(dtype)
+    a = torch.randn(LAYERS, POOL_PAGES * PAGE, len(spans), K).to(dtype)
     b = torch.randn(LAYERS, POOL_PAGES * PAGE, N).to(dtype)
     a[:, :PAGE] = b[:, :PAGE] = 0
     table = torch.zeros(len(PAGES), 24, dtype=torch.int32)
     for slot, pages in PAGES.items():
         table[slot, : len(pages)] = torch.tensor(pages)
     counts = torch.tensor([len(pages) for pages in PAGES.values()], dtype=torch.int32)
-    return LoraStack(a, b, torch.rand(LAYERS, len(PAGES), len(SPANS)), SPANS), LoraPages(table, counts, PAGE, PAGES)
+    return LoraStack(a, b, torch.rand(LAYERS, len(PAGES), len(spans)), spans), LoraPages(table, counts, PAGE, PAGES)
 
 
 def apply(
@@ -65,9 +65,10 @@ def test_equals_the_reference(tokens: list[int], slots: list[int], dtype: torch.
     assert torch.equal(got[base], y[base])
 
 
-def test_a_token_is_its_own() -> None:
+@pytest.mark.parametrize("spans", [SPANS, ((0, N),)])
+def test_a_token_is_its_own(spans: tuple[tuple[int, int], ...]) -> None:
     """Bit for bit the same alone and in company, in whatever order."""
-    stack, pages = make()
+    stack, pages = make(spans=spans)
     x, y = torch.randn(8, K), torch.randn(8, N)
     rng = random.Random(0)
     slots = [0, 1, 2, 5, 0, 3, 4, -1]

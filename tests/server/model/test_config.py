@@ -74,6 +74,8 @@ def test_a_null_window_is_no_window() -> None:
     assert parse(model_type="mistral", num_key_value_heads=2, sliding_window=None).windows == (None,) * 3
     assert parse(model_type="mistral", num_key_value_heads=2).windows == (4096,) * 3
     assert parse(model_type="qwen2", sliding_window=8).windows == (None,) * 3
+    old = parse(model_type="qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1)
+    assert old.windows == (None, 8, 8)
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     qwen = parse(model_type="qwen3", sliding_window=8, use_sliding_window=True, layer_types=kinds)
     assert qwen.windows == (None, 8, None)

@@ -103,7 +103,7 @@ def save_loras(kind: str, folder: Path) -> tuple[Base, PeftModel]:
     peft: PeftModel | None = None
     for i, (rank, targets) in enumerate(LORAS[kind]):
         torch.manual_seed(i)
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
+        lora = LoraConfig(r=rank, lora_alpha=(2 + i) * rank, target_modules=targets, init_lora_weights=False)
         if peft is None:
             peft = get_peft_model(model, lora, adapter_name=f"lora{i}")
         else:
