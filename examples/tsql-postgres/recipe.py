@@ -74,7 +74,7 @@ RECIPE = Recipe(
     instruction="Translate from T-SQL to Postgres:",
     make_pair=make_pair,
     options=TrainOptions(rank=8, epochs=1.0, batch_size=16, held_out=0.0, seed=1),
-    train_rows=1600,
+    train_rows=960,
 )
 
 if __name__ == "__main__":
