@@ -178,7 +178,14 @@ def memory_limit(base: Base, batch: Batch, adapters: Sequence[LoraAdapter], byte
 
 
 def settings_for(
-    batches: Sequence[Batch], rank: int, store: Path, *, threads: int | None, page_size: int
+    batches: Sequence[Batch],
+    rank: int,
+    store: Path,
+    *,
+    threads: int | None,
+    page_size: int,
+    step_tokens: int | None = None,
+    graphs: bool = True,
 ) -> EngineSettings:
     """An engine with room for the largest batch; without the prefix cache, which would flatter repeated prompts."""
     return EngineSettings(
@@ -187,10 +194,11 @@ def settings_for(
         base_name="bench",
         max_rows=max(batch.rows for batch in batches),
         max_waiting=max(batch.rows for batch in batches),
-        max_step_tokens=max(512, max(batch.rows for batch in batches)),
+        max_step_tokens=step_tokens,
         max_slots=max(1, *(batch.adapters for batch in batches)),
         max_rank=rank,
         prefix_cache=False,
         page_size=page_size,
         threads=threads,
+        decode_graphs=graphs,
     )

@@ -103,9 +103,14 @@ class ServerSettings(BaseModel):
         int, Field(title="Limits", ge=1, description="Requests that may wait; past it clients get 429.")
     ] = 256
     max_step_tokens: Annotated[
-        int,
-        Field(title="Limits", ge=16, description="Tokens of one step at most; longer prompts are prefilled in chunks."),
-    ] = 512
+        int | None,
+        Field(
+            title="Limits",
+            ge=16,
+            description="Tokens of one step at most; longer prompts are prefilled in chunks. 512 on a CPU and 2048 on "
+            "a GPU unless given.",
+        ),
+    ] = None
     max_context: Annotated[
         int | None,
         Field(title="Limits", ge=16, description="Tokens of prompt and answer; the model's own unless given."),

@@ -37,6 +37,10 @@ def engine(
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one unless given.")] = "auto",
     threads: Threads = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a KV page.")] = 16,
+    step_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step at most; the engine's own choice unless given.")
+    ] = None,
+    graphs: Annotated[bool, typer.Option(help="Replay decode steps as CUDA graphs (on a GPU).")] = True,
     repeats: Annotated[int, typer.Option(help="Times that each batch is run.")] = 3,
 ) -> None:
     """The engine alone: time of prefill and of a decode step."""
@@ -60,7 +64,15 @@ def engine(
     else:
         raise InvalidRequest(f"no shape '{shape}'; there are {', '.join(shapes.SHAPES)} and embedded")
     with tempfile.TemporaryDirectory() as store:
-        settings = engine_bench.settings_for(measured, rank, Path(store), threads=threads, page_size=page_size)
+        settings = engine_bench.settings_for(
+            measured,
+            rank,
+            Path(store),
+            threads=threads,
+            page_size=page_size,
+            step_tokens=step_tokens,
+            graphs=graphs,
+        )
         engine_bench.bench(base, settings, measured, rank, repeats)
 
 

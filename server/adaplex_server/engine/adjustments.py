@@ -7,7 +7,7 @@ frequency penalties over generated ones.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -34,12 +34,17 @@ def adjust(logits: torch.Tensor, rows: Sequence[Row], eos: frozenset[int]) -> to
     return logits
 
 
+def is_adjusted(row: Row, eos: frozenset[int]) -> bool:
+    """Whether `adjust` would change this row's logits."""
+    return _penalized(row) or bool(row.sampling.logit_bias) or bool(_banned(row, eos))
+
+
 def _penalized(row: Row) -> bool:
     s = row.sampling
     return s.repetition_penalty != 1 or (row.generated > 0 and (s.presence_penalty != 0 or s.frequency_penalty != 0))
 
 
-def _banned(row: Row, eos: frozenset[int]) -> Iterable[int]:
+def _banned(row: Row, eos: frozenset[int]) -> Collection[int]:
     if row.generated >= row.sampling.min_tokens:
         return ()
     return {*eos, *row.sampling.stop_token_ids}

@@ -19,11 +19,12 @@ from adaplex_server.engine.messages import EngineInfo, Progress
 from adaplex_server.engine.parts import Parts, Send, connect
 from adaplex_server.engine.probe import PROBE_TOKENS, AdapterMemory, LoraDevice
 from adaplex_server.engine.sampler import Sampler
-from adaplex_server.engine.settings import EngineSettings
+from adaplex_server.engine.settings import EngineSettings, with_step_tokens
 from adaplex_server.engine.step_batch import build_step
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, allocate_pool, bytes_per_page
 from adaplex_server.model.base import Base, load_base
 from adaplex_server.model.config import ModelConfig, read_config
+from adaplex_server.model.decode_graphs import DecodeGraphs
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.families import base_shape
 from adaplex_server.model.kv_cache import KvCache
@@ -32,6 +33,8 @@ from adaplex_server.model.warm_up import warm_up
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SCORE_BYTES = 128 << 20
 """Logits of scored prompt tokens in one step at most."""
+_CAPTURE_SECONDS = 8.0
+"""How long the start may spend on decode steps that the first requests would otherwise have to capture."""
 
 
 def start_engine(settings: EngineSettings, inbox: Inbox, send: Send) -> tuple[Engine, EngineInfo]:
@@ -57,6 +60,7 @@ def assemble(
 ) -> tuple[Engine, EngineInfo]:
     """An engine around a loaded base. read: an adapter from the store."""
     device = base.device
+    settings = with_step_tokens(settings, device.type == "cuda")
     sizes = model_bytes(settings, base.config, base.dtype, device)
     plan = plan_memory(settings, sizes, free_bytes(device), device.type == "cuda", PROBE_TOKENS)
     parts = _build_parts(settings, base, plan, read, inbox, send)
@@ -96,14 +100,21 @@ def _build_parts(
         )
     eos = frozenset(config.eos_token_ids)
     decoder = Decoder(base, adapters, plan.max_context)
+    graphs: DecodeGraphs | None = None
     if device.type == "cuda":
+        assert settings.max_step_tokens is not None
         send(Progress("compiling kernels", 1.0))
         warm_up(decoder, settings.page_size, min(settings.max_step_tokens, plan.max_context))
+    if device.type == "cuda" and settings.decode_graphs:
+        send(Progress("capturing decode steps", 1.0))
+        graphs = DecodeGraphs(decoder, kv, settings.max_rows, plan.max_context)
+        graphs.capture_common(_CAPTURE_SECONDS)
     executor = Executor(
         decoder,
         kv,
         Sampler(eos),
         lambda work: build_step(work, settings.page_size, device),
+        graphs,
     )
     memory = AdapterMemory(adapters, config, bytes_per_page(config, pool_dtype(dtype, device)))
     return connect(
@@ -120,7 +131,8 @@ def _build_parts(
 
 
 def model_bytes(settings: EngineSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelBytes:
-    """What the memory plan depends on."""
+    """What the memory plan depends on. The settings have a number of tokens a step."""
+    assert settings.max_step_tokens is not None
     widest = 4 * config.hidden_size + 3 * config.intermediate_size
     logits = (settings.max_rows + max_scores(config)) * config.vocab_size * 4
     return ModelBytes(

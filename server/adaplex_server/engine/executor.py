@@ -10,7 +10,9 @@ import torch
 from adaplex_server.engine.page_pool import PagePool
 from adaplex_server.engine.row import Outcome, Work
 from adaplex_server.engine.sampler import Sampler
+from adaplex_server.engine.step_batch import decode_rows
 from adaplex_server.model.batch import StepBatch
+from adaplex_server.model.decode_graphs import Decoded, DecodeGraphs
 from adaplex_server.model.kv_cache import KvCache
 
 
@@ -24,19 +26,37 @@ BuildBatch = Callable[[Sequence[Work]], StepBatch]
 
 
 class Executor:
-    """The one caller of the model. Raises torch.OutOfMemoryError when the device has no room for the step."""
+    """The one caller of the model. Raises torch.OutOfMemoryError when the device has no room for the step.
 
-    def __init__(self, model: ForwardModel, kv: KvCache, sampler: Sampler, build: BuildBatch) -> None:
+    graphs: serves the steps in which every row computes one token, where it can.
+    """
+
+    def __init__(
+        self,
+        model: ForwardModel,
+        kv: KvCache,
+        sampler: Sampler,
+        build: BuildBatch,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self._model = model
         self._kv = kv
         self._sampler = sampler
         self._build = build
+        self.graphs = graphs
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> list[Outcome]:
         """Compute the work; an outcome for each."""
-        logits = self._model.forward(self._build(work), self._kv)
-        return self._sampler(logits, work)
+        decoded = self._replay(work)
+        if decoded is None:
+            return self._sampler(self._model.forward(self._build(work), self._kv), work)
+        outcomes = self._sampler.take_best(decoded.best, work)
+        return self._sampler(decoded.logits, work) if outcomes is None else outcomes
+
+    def _replay(self, work: Sequence[Work]) -> Decoded | None:
+        rows = None if self.graphs is None else decode_rows(work)
+        return None if self.graphs is None or rows is None else self.graphs.run(rows)
 
     @torch.inference_mode()
     def logits(self, work: Sequence[Work]) -> torch.Tensor:

@@ -57,6 +57,7 @@ def connect(
     """device: makes the adapter device from the probe's KV pages. start_read: has an adapter read, which comes back as
     an `AdapterRead` in the inbox. max_scores: see `Limits`.
     """
+    assert settings.max_step_tokens is not None, "the assembly chooses it"
     pool = PagePool(plan.kv_pages)
     probe_pages = pool.take(plan.probe_pages)
     cache = PrefixCache(pool, settings.page_size, settings.prefix_cache)

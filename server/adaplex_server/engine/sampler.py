@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adaplex_server.engine.adjustments import adjust
+from adaplex_server.engine.adjustments import adjust, is_adjusted
 from adaplex_server.engine.choice import choose_randomly
 from adaplex_server.engine.row import Outcome, Work
 from adaplex_server.vocabulary import TokenLogprob
@@ -26,6 +26,14 @@ class Sampler:
 
     def __init__(self, eos: frozenset[int]) -> None:
         self._eos = eos
+
+    def take_best(self, best: torch.Tensor, work: Sequence[Work]) -> list[Outcome] | None:
+        """best: [R] int64, the likeliest token of each work's only row of logits, or -1 where a logit is not finite.
+        None if that is not all that some work wants.
+        """
+        if not all(_wants_best(w, self._eos) for w in work):
+            return None
+        return [Outcome(token) if token >= 0 else Outcome(failed=True) for token in best.tolist()]
 
     def __call__(self, logits: torch.Tensor, work: Sequence[Work]) -> list[Outcome]:
         """logits: [L, V] float32, of each work its last `logits` tokens, in the works' order. An outcome a work."""
@@ -68,6 +76,12 @@ class Sampler:
         return [
             Outcome(failed=True) if token < 0 else Outcome(token, False, logprobs.get(i)) for i, token in enumerate(ids)
         ]
+
+
+def _wants_best(work: Work, eos: frozenset[int]) -> bool:
+    s = work.row.sampling
+    greedy = work.samples and not work.scores and s.temperature == 0 and s.logprobs is None
+    return greedy and not is_adjusted(work.row, eos)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[TokenLogprob]:

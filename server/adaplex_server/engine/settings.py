@@ -6,6 +6,12 @@ from typing import Literal
 
 import msgspec
 
+CPU_STEP_TOKENS = 512
+GPU_STEP_TOKENS = 2048
+"""A large step serves a long prompt faster and keeps the rows that decode beside it waiting for longer. On a GPU each
+step reads or dequantizes all of the base, which few tokens do not repay.
+"""
+
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Sent as the first frame to a new engine process.
@@ -15,9 +21,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     "auto" follows the checkpoint (bfloat16 where it is float16 on a CPU). store: folder of the AdapterStore.
 
     max_rows: rows of one step at most. max_waiting: length of the queue. max_step_tokens: tokens of one step at most
-    (a longer prompt is prefilled in chunks). max_context: None for the model's own. kv_bytes, adapter_bytes: device
-    memory for KV pages and for adapter rank rows; None takes a share of what is free. host_adapter_bytes: adapters
-    kept in host memory. max_rank: rank of an adapter at most. threads: CPU threads of the model, None for all cores.
+    (a longer prompt is prefilled in chunks); None for what suits the device (`with_step_tokens`). max_context: None for
+    the model's own. kv_bytes, adapter_bytes: device memory for KV pages and for adapter rank rows; None takes a share
+    of what is free. host_adapter_bytes: adapters kept in host memory. max_rank: rank of an adapter at most. threads:
+    CPU threads of the model, None for all cores. decode_graphs: on a GPU, replay decode steps as CUDA graphs; they
+    change no number and cost memory and a few seconds at start.
     """
 
     base: str
@@ -29,7 +37,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_rows: int = 64
     max_waiting: int = 256
-    max_step_tokens: int = 512
+    max_step_tokens: int | None = None
     max_context: int | None = None
     page_size: int = 16
     kv_bytes: int | None = None
@@ -39,3 +47,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_rank: int = 256
     prefix_cache: bool = True
     threads: int | None = None
+    decode_graphs: bool = True
+
+
+def with_step_tokens(settings: EngineSettings, on_gpu: bool) -> EngineSettings:
+    """The settings with a number of tokens a step."""
+    if settings.max_step_tokens is not None:
+        return settings
+    return msgspec.structs.replace(settings, max_step_tokens=GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS)

@@ -7,7 +7,7 @@ are in no tile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,15 +48,8 @@ def lora_tiles(
         return None
     order = np.concatenate([np.arange(begin, end) for found in spans.values() for begin, end in found])
     tile_tokens = SMALL_TILE if len(order) <= _MANY_TOKENS else LARGE_TILE
-    tiles: list[tuple[int, int, int]] = []
-    at = 0
-    for slot, found in spans.items():
-        left = sum(end - begin for begin, end in found)
-        while left:
-            taken = min(left, tile_tokens)
-            tiles.append((at, taken, slot))
-            at += taken
-            left -= taken
+    lengths = {slot: sum(end - begin for begin, end in found) for slot, found in spans.items()}
+    tiles = _cut(lengths, tile_tokens)
     # One copy to the device for both.
     packed = torch.from_numpy(np.concatenate((order, np.asarray(tiles).ravel())).astype(np.int32))
     if device.type == "cuda":
@@ -67,3 +60,26 @@ def lora_tiles(
         tile_tokens=tile_tokens,
         max_pages=max(pages_of(slot) for slot in spans),
     )
+
+
+def decode_tiles(row_slots: Sequence[int]) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """Order and tiles (of SMALL_TILE tokens, as in `LoraTiles`) of a step whose rows have one token each."""
+    rows: dict[int, list[int]] = {}
+    for row, slot in enumerate(row_slots):
+        if slot >= 0:
+            rows.setdefault(slot, []).append(row)
+    order = [row for found in rows.values() for row in found]
+    return order, _cut({slot: len(found) for slot, found in rows.items()}, SMALL_TILE)
+
+
+def _cut(lengths: Mapping[int, int], tile_tokens: int) -> list[tuple[int, int, int]]:
+    """lengths: slot -> tokens, which lie one slot after another."""
+    tiles: list[tuple[int, int, int]] = []
+    at = 0
+    for slot, left in lengths.items():
+        while left:
+            taken = min(left, tile_tokens)
+            tiles.append((at, taken, slot))
+            at += taken
+            left -= taken
+    return tiles

@@ -23,6 +23,7 @@ from adaplex_server.kernels import dense
 from adaplex_server.kernels.activation import activate
 from adaplex_server.kernels.attention import AttentionRows, attention, attention_rows
 from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, add_lora, plan_lora
+from adaplex_server.kernels.lora_tiles import LoraTiles
 from adaplex_server.kernels.norm import add_norm
 from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool
@@ -63,8 +64,21 @@ class Decoder:
         """Logits of batch.logit_tokens, [L, vocab_size] float32. Writes the keys and values of all tokens of the
         batch.
         """
+        lora = self._lora.plan(batch.row_tokens, batch.row_slots) if self._lora is not None else None
+        return self.compute(batch, kv, lora)
+
+    def lora_plan(self, tiles: LoraTiles) -> LoraPlan:
+        """What `compute` needs to serve the adapters of these tiles, whatever is in them by then."""
+        assert self._lora is not None, "a base alone has no adapters"
+        return self._lora.of(tiles)
+
+    @torch.inference_mode()
+    def compute(self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None) -> torch.Tensor:
+        """As `forward`, with the adapters laid out by the caller. On a GPU it reads only shapes and the batch's tuples
+        from the host and never waits, so that a CUDA graph can hold it.
+        """
         config = self.base.config
-        step = self._step(batch, kv)
+        step = self._step(batch, kv, lora)
         x = F.embedding(batch.tokens, self.base.embedding)
         delta: torch.Tensor | None = None
         for layer in range(config.num_layers):
@@ -75,13 +89,12 @@ class Decoder:
         _, normed = self._norm(x, delta, self.base.final_norm)
         return dense.linear(normed, self.base.head, out_dtype=torch.float32)
 
-    def _step(self, batch: StepBatch, kv: KvCache) -> _Step:
+    def _step(self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None) -> _Step:
         config = self.base.config
         rows = attention_rows(
             batch.token_start, batch.context_lens, batch.page_table, batch.row_tokens, batch.row_contexts,
             kv.page_size, config.num_kv_heads, config.num_heads, config.windows,
         )  # fmt: skip
-        lora = self._lora.plan(batch.row_tokens, batch.row_slots) if self._lora is not None else None
         return _Step(step_rotation(batch.positions, *self._tables, self.base.dtype), rows, lora, batch.kv_slots)
 
     def _layer(
@@ -147,6 +160,10 @@ class _LoraPlanner:
         self._pages = LoraPages(pool.slot_pages, pool.slot_page_count, RANK_PAGE, pool.host_pages)
         self._last: tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, ...]]] | None = None
         self._plan: LoraPlan | None = None
+
+    def of(self, tiles: LoraTiles) -> LoraPlan:
+        """A plan for tiles that were made elsewhere (on a GPU)."""
+        return LoraPlan(self._stacks, self._pages, tiles, {})
 
     def plan(self, row_tokens: tuple[int, ...], row_slots: tuple[int, ...]) -> LoraPlan | None:
         """The plan of a step with these rows."""

@@ -61,3 +61,16 @@ def test_heads_that_interleave_q_k_and_v(device: torch.device, check: Callable[.
     assert torch.equal(fused, before), "a turn by nothing changes nothing"
     assert torch.equal(keys[0, slots], before[:, :, 1])
     assert torch.equal(values[0, slots], before[:, :, 2])
+
+
+def test_a_token_without_a_place_writes_nothing(dtype: torch.dtype, device: torch.device) -> None:
+    fused = torch.randn(3, HEADS + 2 * KV_HEADS, DIM, dtype=dtype, device=device)
+    q, k, v = fused.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+    cos, sin = torch.ones(8, 4, device=device), torch.zeros(8, 4, device=device)
+    memory = torch.zeros(2, 3, 16, KV_HEADS, DIM, dtype=dtype, device=device)
+    keys, values = memory[:, 1]
+    slots = torch.tensor([-1, 2, -1], device=device)
+    rotate_and_write(q, k, v, torch.zeros_like(slots), slots, cos, sin, keys[None], values[None])
+    assert torch.equal(keys[2], k[1]) and torch.equal(values[2], v[1])
+    keys[2] = values[2] = 0
+    assert not memory.any()

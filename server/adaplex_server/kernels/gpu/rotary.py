@@ -31,7 +31,7 @@ def rotate_and_write(
     eps: float = 0.0,
 ) -> None:
     """Rotate q [T, H, D] in place; write k rotated and v [T, KV, D] to `keys` and `values` [pages, page_size, KV, D] at
-    kv_slots [T].
+    kv_slots [T]. A token whose slot is negative (the padding of a captured step) writes no key and no value.
 
     q, k, v may be views of one fused tensor (last dimension contiguous). cos, sin: [positions, dim / 2] float32,
     contiguous. q_weight, k_weight: [D], of the root-mean-square norm over a head before the rotation.
@@ -95,14 +95,15 @@ def _rotate(
     elif block < Q_BLOCKS + KV_BLOCKS:
         head = (block - Q_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
         _turn(
-            k_ptr + token * k_token + head * k_head, keys_ptr + (slot * KV_HEADS + head) * DIM, head < KV_HEADS,
+            k_ptr + token * k_token + head * k_head, keys_ptr + (slot * KV_HEADS + head) * DIM,
+            (head < KV_HEADS) & (slot >= 0),
             tl.load(positions_ptr + token), cos_ptr, sin_ptr, k_weight_ptr, eps,
             DIM, HALF, BLOCK_R, BLOCK_D, NORM, True,
         )  # fmt: skip
     else:
         head = (block - Q_BLOCKS - KV_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
         d = tl.arange(0, BLOCK_D)
-        mask = (head < KV_HEADS)[:, None] & (d < DIM)[None, :]
+        mask = ((head < KV_HEADS) & (slot >= 0))[:, None] & (d < DIM)[None, :]
         v = tl.load(v_ptr + token * v_token + head[:, None] * v_head + d[None, :], mask=mask, other=0.0)
         tl.store(values_ptr + (slot * KV_HEADS + head)[:, None] * DIM + d[None, :], v, mask=mask)
 

@@ -1,0 +1,184 @@
+"""Decode steps as CUDA graphs: one launch a step instead of hundreds, which is what a small batch waits for.
+
+Owns the captured graphs, one for each `DecodeShape` that has come up, and their outputs. All that differs from step to
+step (rows, adapters, pages, contexts) is data on the device, so that nothing is captured again when it changes; the
+shape only fixes how many programs are launched, and those that find nothing to do end at once. A row's numbers do not
+depend on the shape that served it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from adaplex_server.model.decode_inputs import DecodeInputs, DecodeRows, DecodeShape
+from adaplex_server.model.decoder import Decoder
+from adaplex_server.model.kv_cache import KvCache
+
+_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_LEAST_CONTEXT = 1024
+_MOST_POSITIONS = 1 << 21
+"""Rows times context of a shape at most: attention keeps a partial sum for each of its chunks."""
+_LEAST_RANK_PAGES = 2
+_MOST_GRAPHS = 160
+_SPARE_BYTES = 512 << 20
+"""Free memory of the device below which nothing more is captured."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Of each row: logits [R, vocab_size] float32, and best [R] int64, the likeliest token (the lowest of equals), or
+    -1 where a logit is not finite. Views that the next step overwrites.
+    """
+
+    logits: torch.Tensor
+    best: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Captured:
+    inputs: DecodeInputs
+    graph: torch.cuda.CUDAGraph
+
+
+class DecodeGraphs:
+    """The decoder's captured steps over its KV cache. max_rows: rows of a step at most. max_context: of a row."""
+
+    def __init__(self, decoder: Decoder, kv: KvCache, max_rows: int, max_context: int) -> None:
+        device = decoder.base.device
+        self.replays = 0
+        self._decoder = decoder
+        self._kv = kv
+        self._rows = _up_to(_ROWS, max_rows)
+        self._contexts = _up_to(_powers_of_4(_LEAST_CONTEXT), max_context)
+        self._rank_pages: tuple[int, ...] = ()
+        if decoder.pool is not None:
+            self._rank_pages = _up_to(_powers_of_4(_LEAST_RANK_PAGES), decoder.pool.slot_pages.shape[1])
+        self._captured: OrderedDict[DecodeShape, _Captured] = OrderedDict()
+        self._too_large: set[DecodeShape] = set()
+        self._stream = torch.cuda.Stream(device)
+        self._memory = torch.cuda.graph_pool_handle()
+        self._logits = torch.empty(self._rows[-1], decoder.base.config.vocab_size, device=device)
+        self._best = torch.empty(self._rows[-1], dtype=torch.int64, device=device)
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    @torch.inference_mode()
+    def run(self, rows: DecodeRows) -> Decoded | None:
+        """One step; None if these rows fit no shape, or the device has no memory to capture theirs."""
+        shape = self._shape_of(rows)
+        captured = None if shape is None else self._obtain(shape)
+        if captured is None:
+            return None
+        captured.inputs.fill(rows)
+        captured.graph.replay()
+        self.replays += 1
+        count = len(rows.tokens)
+        return Decoded(self._logits[:count], self._best[:count])
+
+    @torch.inference_mode()
+    def capture_common(self, seconds: float) -> None:
+        """Capture what most steps need, the likeliest first, for about so long; the rest is captured when it comes."""
+        end = time.monotonic() + seconds
+        for shape in self._common():
+            if time.monotonic() > end:
+                return
+            self._obtain(shape)
+
+    def _common(self) -> Iterator[DecodeShape]:
+        """Large ones before small ones, which then find room in the memory of the large."""
+        for context in self._contexts[:2]:
+            for variant in (0, -1, 1):
+                for rows in reversed(self._rows):
+                    tiles = (0, *_tile_counts(rows))[variant]
+                    if rows * context <= _MOST_POSITIONS and (not tiles or self._rank_pages):
+                        yield DecodeShape(rows, context, tiles, self._rank_pages[0] if tiles else 0)
+
+    def _shape_of(self, rows: DecodeRows) -> DecodeShape | None:
+        count, context = len(rows.tokens), max(rows.positions) + 1
+        if count > self._rows[-1] or context > self._contexts[-1]:
+            return None
+        bucket = _fitting(self._rows, count)
+        context = _fitting(self._contexts, context)
+        if bucket * context > _MOST_POSITIONS:
+            return None
+        used = {slot for slot in rows.slots if slot >= 0}
+        if not used:
+            return DecodeShape(bucket, context, 0, 0)
+        assert self._decoder.pool is not None, "a row has an adapter where none is served"
+        host_pages = self._decoder.pool.host_pages
+        pages = max(len(host_pages[slot]) for slot in used)
+        # At most this many tiles: each slot's last one may be partly empty.
+        tiles = min(count, len(used) + count // 16)
+        return DecodeShape(bucket, context, _fitting(_tile_counts(bucket), tiles), _fitting(self._rank_pages, pages))
+
+    def _obtain(self, shape: DecodeShape) -> _Captured | None:
+        found = self._captured.get(shape)
+        if found is not None:
+            self._captured.move_to_end(shape)
+            return found
+        if shape in self._too_large:
+            return None
+        try:
+            if torch.cuda.mem_get_info(self._logits.device)[0] < _SPARE_BYTES:
+                raise torch.OutOfMemoryError
+            found = self._captured[shape] = self._capture(shape)
+        except torch.OutOfMemoryError:
+            self._too_large.add(shape)
+            return None
+        if len(self._captured) > _MOST_GRAPHS:
+            self._captured.popitem(last=False)
+        return found
+
+    def _capture(self, shape: DecodeShape) -> _Captured:
+        """Nothing that a row owns is read or written: the inputs are padding."""
+        inputs = DecodeInputs(shape, self._kv.page_size, self._logits.device)
+        # Kernels are compiled and loaded here, which a capture does not allow.
+        self._step(inputs, shape)
+        torch.cuda.synchronize(self._logits.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # Other threads may allocate pinned memory meanwhile.
+            graph.capture_begin(self._memory, capture_error_mode="thread_local")
+            try:
+                self._step(inputs, shape)
+            finally:
+                graph.capture_end()
+        return _Captured(inputs, graph)
+
+    def _step(self, inputs: DecodeInputs, shape: DecodeShape) -> None:
+        plan = self._decoder.lora_plan(inputs.tiles) if shape.tiles else None
+        logits = self._logits[: shape.rows].copy_(self._decoder.compute(inputs.batch, self._kv, plan))
+        # A sum along the row is finite exactly when every logit is: cheaper than a mask of the whole matrix.
+        finite = torch.isfinite(logits.sum(-1))
+        self._best[: shape.rows] = logits.argmax(-1).masked_fill_(~finite, -1)
+
+
+def _tile_counts(rows: int) -> tuple[int, ...]:
+    """For few adapters among the rows, and for as many as rows."""
+    return (rows // 4, rows) if rows >= 16 else (rows,)
+
+
+def _powers_of_4(least: int) -> Iterator[int]:
+    while True:
+        yield least
+        least *= 4
+
+
+def _up_to(sizes: Iterator[int] | tuple[int, ...], most: int) -> tuple[int, ...]:
+    """The rising sizes below `most`, and `most` itself, but no more than the sizes' last."""
+    found: list[int] = []
+    for size in sizes:
+        found.append(min(size, most))
+        if size >= most:
+            break
+    return tuple(found)
+
+
+def _fitting(sizes: tuple[int, ...], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)

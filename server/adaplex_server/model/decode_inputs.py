@@ -1,0 +1,151 @@
+"""What a captured decode step reads of its batch: device memory that stays where it is, filled by one copy a step.
+
+A step has as many rows as its shape allows; those beyond the batch are padding: one visible position, which is page
+0's zeros, no adapter, and a negative place for their key and value, which the kernels do not write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from adaplex_server.kernels.lora_tiles import SMALL_TILE, LoraTiles, decode_tiles
+from adaplex_server.model.batch import NO_ADAPTER, StepBatch
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Rows that compute one token each. Of each row: the token, its position, the row's KV pages (at least those up to
+    that position), and its adapter slot or NO_ADAPTER.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    pages: list[list[int]]
+    slots: list[int]
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """The most that a captured step serves. rows; context: positions of a row; tiles: of tokens that share an adapter,
+    0 for the base alone; rank_pages: of an adapter.
+    """
+
+    rows: int
+    context: int
+    tiles: int
+    rank_pages: int
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Views of one int64 buffer: the first three [R] int64, the others int32 as in `StepBatch` and `LoraTiles`."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+    contexts: torch.Tensor
+    slots: torch.Tensor
+    order: torch.Tensor
+    tiles: torch.Tensor
+    table: torch.Tensor
+
+    @staticmethod
+    def length(shape: DecodeShape, width: int) -> int:
+        """Of the buffer, in int64."""
+        return 3 * shape.rows + -(-((3 + width) * shape.rows + 3 * shape.tiles) // 2)
+
+    @staticmethod
+    def of(buffer: torch.Tensor, shape: DecodeShape, width: int) -> _Parts:
+        rows, tiles = shape.rows, 3 * shape.tiles
+        sizes = [rows, rows, rows, tiles, rows * width]
+        contexts, slots, order, tile, table = buffer[3 * rows :].view(torch.int32)[: sum(sizes)].split(sizes)
+        tokens, positions, kv_slots = buffer[: 3 * rows].split(rows)
+        return _Parts(tokens, positions, kv_slots, contexts, slots, order, tile.view(-1, 3), table.view(rows, width))
+
+
+class DecodeInputs:
+    """Owns one shape's pinned memory and device memory. `batch` and `tiles` are views of the latter."""
+
+    def __init__(self, shape: DecodeShape, page_size: int, device: torch.device) -> None:
+        rows, width = shape.rows, -(-shape.context // page_size)
+        self._page_size = page_size
+        on_gpu = device.type == "cuda"
+        self._pinned = torch.zeros(_Parts.length(shape, width), dtype=torch.int64, pin_memory=on_gpu)
+        self._device = torch.zeros_like(self._pinned, device=device)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        host = _Parts.of(self._pinned, shape, width)
+        self._host = {part.name: getattr(host, part.name).numpy() for part in fields(_Parts)}
+        self._pages: list[list[int]] = [[] for _ in range(rows)]
+        self._slots: list[int] | None = None
+        self._used = rows
+        parts = _Parts.of(self._device, shape, width)
+        self.batch = _batch(parts, shape)
+        self.tiles = LoraTiles(parts.order, parts.tiles, SMALL_TILE, shape.rank_pages)
+        self.fill(DecodeRows([], [], [], []))
+
+    def fill(self, rows: DecodeRows) -> None:
+        """Bring these rows to the device, in the current stream's order."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        host, count, size = self._host, len(rows.tokens), self._page_size
+        host["tokens"][:count] = rows.tokens
+        positions = np.array(rows.positions, dtype=np.int64)
+        host["positions"][:count] = positions
+        host["contexts"][:count] = positions + 1
+        table = host["table"]
+        for row, pages in enumerate(rows.pages):
+            if pages != self._pages[row]:
+                fitting = pages[: table.shape[1]]
+                table[row, : len(fitting)] = fitting
+                self._pages[row] = list(pages)
+        host["kv_slots"][:count] = table[np.arange(count), positions // size].astype(np.int64) * size + positions % size
+        self._pad(count)
+        if rows.slots != self._slots:
+            self._place_adapters(rows.slots)
+        self._device.copy_(self._pinned, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def _pad(self, count: int) -> None:
+        """Rows from `count` on that the last batch used."""
+        host, rest = self._host, slice(count, self._used)
+        self._used = count
+        host["tokens"][rest] = host["positions"][rest] = 0
+        host["kv_slots"][rest] = -1
+        host["contexts"][rest] = 1
+        host["table"][rest, 0] = 0
+        for row in range(rest.start, rest.stop):
+            self._pages[row] = []
+
+    def _place_adapters(self, slots: list[int]) -> None:
+        host = self._host
+        host["slots"][:] = NO_ADAPTER
+        host["slots"][: len(slots)] = slots
+        if len(host["tiles"]):
+            order, tiles = decode_tiles(slots)
+            host["order"][: len(order)] = order
+            host["tiles"][:] = 0
+            host["tiles"][: len(tiles)] = np.array(tiles, dtype=np.int32).reshape(-1, 3)
+        self._slots = list(slots)
+
+
+def _batch(parts: _Parts, shape: DecodeShape) -> StepBatch:
+    """Its lists on the host say the most that any batch has: they fix the launches."""
+    rows = torch.arange(shape.rows + 1, dtype=torch.int32, device=parts.tokens.device)
+    return StepBatch(
+        tokens=parts.tokens,
+        positions=parts.positions,
+        kv_slots=parts.kv_slots,
+        row_of_token=rows[:-1],
+        token_start=rows,
+        context_lens=parts.contexts,
+        page_table=parts.table,
+        adapter_slots=parts.slots,
+        logit_tokens=rows[:-1].long(),
+        row_tokens=(1,) * shape.rows,
+        row_contexts=(shape.context,) * shape.rows,
+        row_slots=(NO_ADAPTER,) * shape.rows,
+    )
