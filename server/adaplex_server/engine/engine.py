@@ -121,12 +121,14 @@ class Engine:
     def stats(self) -> EngineStats:
         """The gauges and totals of now."""
         p = self.parts
+        # The probe's own pages are no part of what rows can have.
+        pages = p.pool.total - len(p.probe_pages)
         return EngineStats(
             waiting=p.scheduler.waiting,
             running=p.scheduler.running,
-            pages_used=p.pool.total - p.pool.free - p.cache.idle,
+            pages_used=pages - p.pool.free - p.cache.idle,
             pages_cached=p.cache.idle,
-            pages_total=p.pool.total,
+            pages_total=pages,
             adapters_resident=len(p.slots),
             rank_rows_used=p.slots.used_pages * RANK_PAGE,
             rank_rows_total=p.slots.total_pages * RANK_PAGE,

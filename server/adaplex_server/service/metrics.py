@@ -139,16 +139,17 @@ def _histogram(name: str, told: str, series: list[Series], field: str) -> Metric
 
 def _engine(stats: EngineStats) -> Iterator[Metric]:
     """Gauges, and totals that count since the engine started (a restart is a reset, which Prometheus knows)."""
-    pages = GaugeMetricFamily("adaplex_kv_pages", "Pages of the KV cache.", labels=("state",))
-    for state, count in (("used", stats.pages_used), ("cached", stats.pages_cached), ("total", stats.pages_total)):
-        pages.add_metric((state,), count)
-    rank_rows = GaugeMetricFamily("adaplex_adapter_rank_rows", "Device room for adapters, in ranks.", labels=("state",))
-    rank_rows.add_metric(("used",), stats.rank_rows_used)
-    rank_rows.add_metric(("total",), stats.rank_rows_total)
-    yield from (pages, rank_rows)
-    yield GaugeMetricFamily("adaplex_requests_waiting", "Rows in the queue.", value=stats.waiting)
-    yield GaugeMetricFamily("adaplex_requests_running", "Rows in the batch.", value=stats.running)
-    yield GaugeMetricFamily("adaplex_adapters_resident", "Adapters on the device.", value=stats.adapters_resident)
+    for name, told, count in (
+        ("requests_waiting", "Rows in the queue.", stats.waiting),
+        ("requests_running", "Rows in the batch.", stats.running),
+        ("kv_pages_used", "Pages of the KV cache held by rows.", stats.pages_used),
+        ("kv_pages_cached", "Pages held by the prefix cache alone.", stats.pages_cached),
+        ("kv_pages_total", "Pages of the KV cache.", stats.pages_total),
+        ("adapters_resident", "Adapters on the device.", stats.adapters_resident),
+        ("adapter_rank_rows_used", "Device room for adapters that is taken, in ranks.", stats.rank_rows_used),
+        ("adapter_rank_rows_total", "Device room for adapters, in ranks.", stats.rank_rows_total),
+    ):
+        yield GaugeMetricFamily(f"adaplex_{name}", told, value=count)
     for name, told, value in (
         ("adapter_loads", "Copies of adapters to the device.", stats.adapter_loads),
         ("adapter_evictions", "Adapters that made room for others.", stats.adapter_evictions),

@@ -59,7 +59,7 @@ def test_names_that_dashboards_read() -> None:
     told = samples(metrics)
     assert told["adaplex_time_to_first_token_seconds_count", ("a",)] == 1
     assert told["vllm:num_requests_running", ("base",)] == 0
-    assert told["adaplex_kv_pages", ("total",)] == 0
+    assert told["adaplex_kv_pages_total", ()] == 0
     assert told["adaplex_engine_restarts_total", ()] == 1
     assert told["adaplex_adapters_registered", ()] == 5
 
