@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 _LEAST_WIDTH = 128
 # Rows of a product at least: with fewer, BLAS sums in another order.
-_LEAST_ROWS = 8
+_LEAST_ROWS = 4
 # Scores of one product at most (float32 each), so that a chunk at a long context does not need gigabytes.
 _MOST_SCORES = 1 << 24
 
@@ -28,7 +28,7 @@ class Piece:
     """R rows of the step with n tokens each, whose visible contexts share the width C.
 
     tokens: which of the step's, row by row. entries: [R * KV * C] int64, indices into a layer's keys as [.., D]; head
-    by head. bias: [R, n, C] float32, 0 or -inf.
+    by head. bias: 0 or -inf, float32; [R * KV, 1, C] where n is 1, else [n, C] of the one row.
     """
 
     tokens: slice | torch.Tensor
@@ -126,22 +126,45 @@ def _piece(
     if window is not None:
         seen &= positions.unsqueeze(1) > own - window
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    bias = bias.repeat_interleave(kv_heads, 0) if count == 1 else bias[0]
     where = slice(spans[0].token, spans[0].token + count) if len(spans) == 1 else tokens
     return Piece(where, entries.flatten(), bias)
 
 
 def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, piece: Piece, scale: float) -> torch.Tensor:
-    """q: [R * n, H, D], in the piece's order."""
-    (rows, count, width), (heads, dim), kv_heads = piece.bias.shape, q.shape[1:], keys.shape[2]
+    """q: the piece's tokens, [.., H, D], in its order."""
+    dim, kv_heads, width = q.shape[2], keys.shape[2], piece.bias.shape[-1]
+    k = keys.view(-1, dim).index_select(0, piece.entries).float().view(-1, width, dim)
+    v = values.view(-1, dim).index_select(0, piece.entries).float().view(-1, width, dim)
+    if piece.bias.dim() == 3:
+        return _single(q, k, v, piece.bias, scale)
+    return _chunk(q, k, v, piece.bias, scale, kv_heads)
+
+
+def _single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+    """R rows of one token each. k, v: [R * KV, C, D]; bias: [R * KV, 1, C]. Few operations: this is all of decoding."""
+    rows, heads, dim = q.shape
+    products = k.shape[0]
+    kv_heads = products // rows
     group = heads // kv_heads
-    k = keys.view(-1, dim).index_select(0, piece.entries).float().view(rows * kv_heads, width, dim)
-    v = values.view(-1, dim).index_select(0, piece.entries).float().view(rows * kv_heads, width, dim)
-    queries = (q.float() * scale).view(rows, count, kv_heads, group, dim).transpose(1, 2)
-    queries = queries.reshape(rows * kv_heads, count * group, dim)
-    if count * group < _LEAST_ROWS:
-        queries = F.pad(queries, (0, 0, 0, _LEAST_ROWS - count * group))
-    scores = torch.bmm(queries, k.mT)
-    own = scores[:, : count * group]
-    own.view(rows, kv_heads, count, group, width).add_(piece.bias[:, None, :, None])
-    out = torch.bmm(torch.softmax(scores, -1), v)[:, : count * group]
-    return out.reshape(rows, kv_heads, count, group, dim).transpose(1, 2).reshape(-1, heads * dim).to(q.dtype)
+    queries = torch.zeros(products, max(group, _LEAST_ROWS), dim)
+    queries.view(rows, kv_heads, -1, dim)[:, :, :group].copy_(q.view(rows, kv_heads, group, dim))
+    weights = torch.baddbmm(bias, queries, k.mT, alpha=scale).softmax(-1)
+    out = torch.empty(products, group, dim, dtype=q.dtype)
+    return out.copy_(torch.bmm(weights, v)[:, :group]).view(rows, heads * dim)
+
+
+def _chunk(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float, kv_heads: int
+) -> torch.Tensor:
+    """n tokens of one row. k, v: [KV, C, D]; bias: [n, C]."""
+    (count, heads, dim), width = q.shape, k.shape[1]
+    group = heads // kv_heads
+    queries = q.float().view(count, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, count * group, dim)
+    padding = max(0, _LEAST_ROWS - count * group)
+    if padding:
+        queries = F.pad(queries, (0, 0, 0, padding))
+    scores = torch.baddbmm(queries.new_empty(()), queries, k.mT, beta=0, alpha=scale)
+    scores[:, : count * group].view(kv_heads, count, group, width).add_(bias.unsqueeze(1))
+    out = torch.bmm(scores.softmax(-1), v)[:, : count * group]
+    return out.reshape(kv_heads, count, group, dim).transpose(0, 1).reshape(count, heads * dim).to(q.dtype)
