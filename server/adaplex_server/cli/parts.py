@@ -34,6 +34,7 @@ def service_settings(settings: ServerSettings, progress: Callable[[str, float], 
         engine=engine_settings(settings, base.folder, name, folder),
         adapters_dir=settings.adapters,
         startup_adapters=startup_adapters(settings),
+        max_adapter_bytes=int(settings.max_upload),
         drain_seconds=settings.drain_seconds,
         adapter_labels=settings.adapter_labels,
     )
