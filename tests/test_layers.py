@@ -1,4 +1,6 @@
-"""Imports point one way: http_api, grpc_api → service → engine → model → kernels; server → adapters → proto; never back."""
+"""Imports point one way: http_api, grpc_api → service → engine → model → kernels; server → adapters → proto; never
+back.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"adaplex_proto": 0, "adaplex_adapters": 1, "adaplex_server": 2, "adaplex_loadtest": 2}
 # Lower numbers know nothing of higher ones. What is not listed (cli, settings) composes and may import everything.
-SERVER_LAYERS = {"kernels": 0, "model": 1, "bases": 2, "engine": 3, "service": 4, "http_api": 5, "grpc_api": 5, "bench": 6}
+SERVER_LAYERS = {
+    "kernels": 0,
+    "model": 1,
+    "bases": 2,
+    "engine": 3,
+    "service": 4,
+    "http_api": 5,
+    "grpc_api": 5,
+    "bench": 6,
+}
 # Nouns that every layer of the server may use.
 SHARED = {"vocabulary"}
 

@@ -16,13 +16,14 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a row's tokens are chosen. Defaults are OpenAI's; each range is checked once, in `service.limits`.
 
-    temperature 0 is greedy (ties: lowest token id). top_k 0 and min_p 0 are off. seed fixes the row's randomness whatever the batch; the
-    service fills it in when the client sent none. Penalties follow OpenAI (presence, frequency: subtracted from logits, over generated tokens)
-    and CTRL (repetition: divided/multiplied, over prompt and generated tokens). logit_bias: token id -> addend in [-100, 100].
-    logprobs: None, or how many top alternatives per generated token (0: the chosen one only; at most 20).
-    prompt_logprobs: the same for each prompt token but the first. Log-probabilities are of the raw model distribution.
-    stop_token_ids end the row (the stop token is not part of the text); ignore_eos keeps going over the model's own end tokens;
-    until min_tokens are generated, no end or stop token can be chosen.
+    temperature 0 is greedy (ties: lowest token id). top_k 0 and min_p 0 are off. seed fixes the row's randomness
+    whatever the batch; the service fills it in when the client sent none. Penalties follow OpenAI (presence, frequency:
+    subtracted from logits, over generated tokens) and CTRL (repetition: divided/multiplied, over prompt and generated
+    tokens). logit_bias: token id -> addend in [-100, 100]. logprobs: None, or how many top alternatives per generated
+    token (0: the chosen one only; at most 20). prompt_logprobs: the same for each prompt token but the first.
+    Log-probabilities are of the raw model distribution. stop_token_ids end the row (the stop token is not part of the
+    text); ignore_eos keeps going over the model's own end tokens; until min_tokens are generated, no end or stop token
+    can be chosen.
     """
 
     max_tokens: int
@@ -45,9 +46,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One completion asked for, by whichever protocol.
 
-    model: the name as the client gave it (the base or an adapter). prompt: token ids, already templated.
-    n: independent answers (choice i samples with seed + i). stop: strings that end the text and are never emitted (unless include_stop).
-    deadline: seconds from now until the request is worthless, None for no limit. request_id: appears in logs and answers.
+    model: the name as the client gave it (the base or an adapter). prompt: token ids, already templated. n: independent
+    answers (choice i samples with seed + i). stop: strings that end the text and are never emitted (unless
+    include_stop). deadline: seconds from now until the request is worthless, None for no limit. request_id: appears in
+    logs and answers.
     """
 
     request_id: str
@@ -73,7 +75,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """What a client of choice `index` has not been sent yet: complete characters only; stop strings already held back.
 
     token_ids are the tokens whose text this delta completes (may be empty while a multi-byte character is pending).
-    prompt_logprobs come once, on the first delta of a choice, when asked for (first entry None: the first token has no prediction).
+    prompt_logprobs come once, on the first delta of a choice, when asked for (first entry None: the first token has no
+    prediction).
     """
 
     index: int
@@ -86,8 +89,9 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 class Finish(msgspec.Struct, frozen=True, kw_only=True):
     """The one final message of choice `index`. Errors are raised instead, never sent as a Finish.
 
-    matched_stop: the stop string or stop token id that ended the text, None otherwise. cached_tokens: prompt tokens taken from the prefix cache.
-    stop_logprob: of the end or stop token that ended the row, when log-probabilities were asked for (it is in no Delta).
+    matched_stop: the stop string or stop token id that ended the text, None otherwise. cached_tokens: prompt tokens
+    taken from the prefix cache. stop_logprob: of the end or stop token that ended the row, when log-probabilities were
+    asked for (it is in no Delta).
     """
 
     index: int

@@ -1,7 +1,7 @@
 """What one forward is given. Built by the engine for each step; the model only reads it.
 
-Notation: T tokens of all rows, one after another in the order of the rows; R rows; P pages a row at most; L positions whose logits are wanted.
-Prefill chunks and decode rows stand side by side: a decode row has one token.
+Notation: T tokens of all rows, one after another in the order of the rows; R rows; P pages a row at most; L positions
+whose logits are wanted. Prefill chunks and decode rows stand side by side: a decode row has one token.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ NO_ADAPTER = -1
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Device tensors of one step, and the host's own copies of what shapes the launches (never read back from the device).
+    """Device tensors of one step, and the host's own copies of what shapes the launches (never read back from the
+    device).
 
-    tokens, positions: [T] int64. kv_slots: [T] int64, page * page_size + offset: where the token's key and value are written.
-    row_of_token: [T] int32. token_start: [R + 1] int32. context_lens: [R] int32, keys visible to the row's last token, this step's included.
-    page_table: [R, P] int32, unused entries 0 (page 0 is never given to a row and holds zeros).
-    adapter_slots: [T] int32, the token's adapter slot or NO_ADAPTER. logit_tokens: [L] int64, indices into T, ascending.
-    row_tokens, row_contexts, row_slots: token_start differences, context_lens and the rows' slots on the host.
+    tokens, positions: [T] int64. kv_slots: [T] int64, page * page_size + offset: where the token's key and value are
+    written. row_of_token: [T] int32. token_start: [R + 1] int32. context_lens: [R] int32, keys visible to the row's
+    last token, this step's included. page_table: [R, P] int32, unused entries 0 (page 0 is never given to a row and
+    holds zeros). adapter_slots: [T] int32, the token's adapter slot or NO_ADAPTER. logit_tokens: [L] int64, indices
+    into T, ascending. row_tokens, row_contexts, row_slots: token_start differences, context_lens and the rows' slots on
+    the host.
     """
 
     tokens: torch.Tensor

@@ -12,7 +12,9 @@ import torch
 
 @dataclass(frozen=True)
 class KvCache:
-    """keys, values: one tensor a layer, [pages, page_size, kv_heads, head_dim], in the dtype of the model's activations."""
+    """keys, values: one tensor a layer, [pages, page_size, kv_heads, head_dim], in the dtype of the model's
+    activations.
+    """
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]

@@ -1,4 +1,5 @@
-"""Bases with random weights of any shape, made straight on the device in a format: for benchmarks, where only shapes and bytes matter.
+"""Bases with random weights of any shape, made straight on the device in a format: for benchmarks, where only shapes
+and bytes matter.
 
 Magnitudes are such that activations stay finite: each linear keeps the scale of its input.
 """
@@ -35,7 +36,8 @@ def random_base(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Base:
-    """format: "nf4" (double quantization), "gptq" (symmetric, groups of 128 or all in-features), or "none" (dense in `dtype`).
+    """format: "nf4" (double quantization), "gptq" (symmetric, groups of 128 or all in-features), or "none" (dense in
+    `dtype`).
 
     The same seed gives the same base on one kind of device. A few seconds at the shape of an 8B model on a GPU.
     """
