@@ -11,16 +11,22 @@ import re
 from pathlib import Path
 from typing import BinaryIO
 
-from adaplex_adapters.errors import InvalidAdapter, InvalidRequest, RequestTooLarge, StorageFailed
+from adaplex_adapters.durable import disk_errors
+from adaplex_adapters.errors import InvalidAdapter, InvalidRequest, RequestTooLarge
+from adaplex_adapters.uploads import UploadLimits, unpack_archive
 
 MAX_FILES = 64
 WRITE_BYTES = 1 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+_STORING = "Storing the upload"
 
 
 class StagedFiles:
-    """Owns the folder `staging`/adapter, the one open file in it, and the count of bytes received."""
+    """Owns the folder `staging`/adapter, the one open file in it, and the count of bytes received.
+
+    max_bytes: of all files together, also unpacked. Every method that writes raises StorageFailed when the disk fails.
+    """
 
     def __init__(self, staging: Path, max_bytes: int) -> None:
         self._staging = staging
@@ -30,10 +36,8 @@ class StagedFiles:
         self._files: dict[str, Path] = {}
         self._out: BinaryIO | None = None
         self._pending = bytearray()
-        try:
+        with disk_errors(_STORING):
             self._folder.mkdir()
-        except OSError as error:
-            raise _storage_failed(error) from error
 
     def begin(self, filename: str) -> None:
         """The next file. Raises InvalidAdapter (name impossible or there already), RequestTooLarge (too many)."""
@@ -51,13 +55,12 @@ class StagedFiles:
             raise RequestTooLarge(f"An upload has at most {MAX_FILES} files.", param="files")
         path = self._folder / filename
         self._files[filename.lower()] = path
-        try:
+        with disk_errors(_STORING):
             self._out = path.open("xb")
-        except OSError as error:
-            raise _storage_failed(error) from error
 
     async def write(self, data: bytes) -> None:
-        """More bytes of the present file."""
+        """More bytes of the present file. Raises RequestTooLarge."""
+        assert self._out is not None, "no file was begun"
         self._received += len(data)
         if self._received > self._max_bytes:
             raise RequestTooLarge(
@@ -72,10 +75,14 @@ class StagedFiles:
         """The present file is complete (nothing happens when none is open)."""
         if self._out is not None:
             await self._flush()
-            self.close()
+            with disk_errors(_STORING):
+                self.close()
 
     async def complete(self) -> Path:
-        """All files are here: the folder to read the adapter from, unpacked first if one archive came."""
+        """All files are here: the folder to read the adapter from, unpacked first if one archive came.
+
+        Raises InvalidRequest (no files), and what `unpack_archive` raises.
+        """
         await self.end()
         if not self._files:
             raise InvalidRequest(
@@ -85,7 +92,7 @@ class StagedFiles:
         if len(self._files) > 1 or not first.name.lower().endswith(_ARCHIVES):
             return self._folder
         unpacked = self._staging / "unpacked"
-        await asyncio.to_thread(_unpack, first, unpacked)
+        await asyncio.to_thread(unpack_archive, first, unpacked, UploadLimits(max_bytes=self._max_bytes))
         return unpacked
 
     def close(self) -> None:
@@ -97,17 +104,5 @@ class StagedFiles:
     async def _flush(self) -> None:
         assert self._out is not None
         pending, self._pending = self._pending, bytearray()
-        try:
+        with disk_errors(_STORING):
             await asyncio.to_thread(self._out.write, pending)
-        except OSError as error:
-            raise _storage_failed(error) from error
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    from adaplex_adapters.uploads import unpack_archive
-
-    unpack_archive(archive, folder)
-
-
-def _storage_failed(error: OSError) -> StorageFailed:
-    return StorageFailed(f"The upload cannot be stored ({error.strerror}); nothing of it is kept.")

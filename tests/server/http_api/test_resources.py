@@ -98,6 +98,15 @@ def test_upload_of_an_archive(http: Any, service: Any, name: str, content: bytes
     assert service.registry.uploaded["gamma"] == FILES
 
 
+def _bomb() -> bytes:
+    """A few hundred bytes that would expand to more than the server takes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("adapter_config.json", b"{}")
+        archive.writestr("adapter_model.safetensors", b"\0" * 600_000)
+    return out.getvalue()
+
+
 BAD_UPLOADS: dict[str, tuple[dict[str, str], list[tuple[str, Any]], int, str]] = {
     "no name": ({}, _parts(FILES), 400, "'name' is missing"),
     "no files": ({"name": "x"}, [], 400, "multipart/form-data"),
@@ -112,6 +121,7 @@ BAD_UPLOADS: dict[str, tuple[dict[str, str], list[tuple[str, Any]], int, str]] =
     "case": ({"name": "x"}, _parts({"a.json": b"", "A.JSON": b""}), 400, "twice"),
     "too many": ({"name": "x"}, _parts({f"f{i}": b"" for i in range(65)}), 413, "at most 64"),
     "too large": ({"name": "x"}, _parts({"a": b"x" * 600_000}), 413, "larger than 500000"),
+    "bomb": ({"name": "x"}, _parts({"a.zip": _bomb()}), 413, "more than 500000 bytes"),
     "broken archive": ({"name": "x"}, _parts({"a.zip": b"PK nothing"}), 400, ""),
 }
 
