@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -64,16 +62,3 @@ class GrpcServer:
     async def stop(self, grace: float) -> None:
         """Take no new calls, let running ones finish for `grace` seconds."""
         await self._server.stop(grace)
-
-
-def check_port_free(host: str, port: int) -> None:
-    """Raise StartupError at once when the port is taken, before anything heavy is loaded."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartupError(
-                f"the gRPC address {host}:{port} cannot be bound: {error.strerror}; set --grpc"
-            ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -77,8 +76,3 @@ async def answer_routing_error(request: Request, error: Exception) -> Response:
 
 def _short(path: str) -> str:
     return path if len(path) <= 100 else path[:100] + "..."
-
-
-def error_schema() -> dict[str, Any]:
-    """JSON schema reference of the error body, for the OpenAPI document."""
-    return {"$ref": "#/components/schemas/ErrorAnswer"}
