@@ -233,12 +233,11 @@ def test_a_row_among_sixty_four(models: tuple[Model, Model], dtype: torch.dtype)
 def test_no_kernel_is_compiled_once_warm(
     models: tuple[Model, Model], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the warm-up and one adapter's prompt, no mix of rows waits for the compiler."""
+    """After the warm-up, no mix of rows waits for the compiler."""
     import triton
 
     gpu, _ = models
     warm_up(gpu.decoder, PAGE, 512)
-    gpu.run(prompts([0]))
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **seen: compiled.append(seen["repr"]))
     for rows in ([1], [0, 2], [3, 4, 5], range(7), range(19), range(33), range(64)):

@@ -5,6 +5,9 @@ Owns nothing: the keys and values go to pages of its own, which are given up aga
 
 from __future__ import annotations
 
+import torch
+
+from adaplex_server.kernels.lora_tiles import LARGE_TILE, SMALL_TILE, LoraTiles
 from adaplex_server.model.batch_builder import RowInput, build_batch
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.kv_cache import KvCache
@@ -15,9 +18,7 @@ _PROMPT_TOKENS = 160
 
 
 def warm_up(decoder: Decoder, page_size: int, max_tokens: int) -> None:
-    """Steps of the base alone, of at most max_tokens tokens. Kernels of adapters are compiled by the first adapter's
-    proof.
-    """
+    """Steps of at most max_tokens tokens, of the base alone and then as if some had adapters."""
     base = decoder.base
     config = base.config
     prompt = min(_PROMPT_TOKENS, max_tokens, config.max_context)
@@ -34,3 +35,13 @@ def warm_up(decoder: Decoder, page_size: int, max_tokens: int) -> None:
     steps = [[RowInput([0], 0, pages[:1])] * rows for rows in _DECODE_ROWS if rows <= max_tokens]
     for rows in (*steps, [RowInput([0] * prompt, 0, pages)]):
         decoder.forward(build_batch(rows, page_size, base.device), kv)
+    if decoder.pool is not None and base.device.type == "cuda":
+        batch = build_batch(steps[0], page_size, base.device)
+        for tile_tokens in (SMALL_TILE, LARGE_TILE):
+            decoder.compute(batch, kv, decoder.lora_plan(_empty_tile(tile_tokens, base.device)))
+
+
+def _empty_tile(tile_tokens: int, device: torch.device) -> LoraTiles:
+    """Launches the kernels of adapters, which find nothing to do."""
+    order, tiles = torch.zeros(4, dtype=torch.int32, device=device).split([1, 3])
+    return LoraTiles(order, tiles.view(1, 3), tile_tokens, max_pages=1)
