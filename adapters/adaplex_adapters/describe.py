@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaplex_adapters.base_shape import BaseShape
-from adaplex_adapters.errors import AdaplexError
+from adaplex_adapters.errors import AdaplexError, InvalidAdapter
 from adaplex_adapters.limits import ReadLimits
-from adaplex_adapters.problems import AdapterProblems
 from adaplex_adapters.reader import read_adapter, read_unfitted
 from adaplex_adapters.spec import AdapterSpec, LoraAdapter
 
@@ -53,7 +52,7 @@ def check_adapter(folder: Path, base: BaseShape | None, limits: ReadLimits | Non
 
 
 def _problems(error: AdaplexError) -> tuple[str, ...]:
-    return error.problems if isinstance(error, AdapterProblems) else (error.message,)
+    return error.problems if isinstance(error, InvalidAdapter) else (error.message,)
 
 
 def _warnings(adapter: LoraAdapter) -> tuple[str, ...]:

@@ -6,7 +6,8 @@
     │   ├── RequestTooLarge            413   INVALID_ARGUMENT
     │   └── InvalidAdapter             400   INVALID_ARGUMENT     the files of an adapter are refused
     ├── NotFound                       404   NOT_FOUND
-    │   └── ModelNotFound              404   NOT_FOUND
+    │   ├── ModelNotFound              404   NOT_FOUND
+    │   └── MethodNotAllowed           405   NOT_FOUND            HTTP alone
     ├── Conflict                       409   FAILED_PRECONDITION
     ├── Overloaded                     429   RESOURCE_EXHAUSTED   with a retry hint
     ├── Unavailable                    503   UNAVAILABLE          retryable: engine restarting, draining
@@ -60,9 +61,23 @@ class RequestTooLarge(InvalidRequest):
 
 
 class InvalidAdapter(InvalidRequest):
-    """The files of an adapter are refused; the message names the file, key or tensor."""
+    """The files of an adapter are refused; the message names the file, key or tensor.
+
+    problems: everything that is wrong, where the message shows only the first of them.
+    """
 
     code = "invalid_adapter"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: float | None = None,
+        problems: tuple[str, ...] | None = None,
+    ) -> None:
+        super().__init__(message, param=param, retry_after=retry_after)
+        self.problems = problems or (message,)
 
 
 class NotFound(AdaplexError):
@@ -75,6 +90,12 @@ class ModelNotFound(NotFound):
     """The request names a model that is neither the base nor an adapter."""
 
     code = "model_not_found"
+
+
+class MethodNotAllowed(NotFound):
+    """The path of an HTTP request exists, not with this method."""
+
+    status, code = 405, "method_not_allowed"
 
 
 class Conflict(AdaplexError):

@@ -6,19 +6,19 @@ from adaplex_adapters.automaton import WorkBudget
 from adaplex_adapters.base_shape import BaseShape
 from adaplex_adapters.patterns import TargetRule
 from adaplex_adapters.peft_config import CONFIG_FILE, LoraConfigFile
-from adaplex_adapters.problems import AdapterProblems, raise_if_any, shown
+from adaplex_adapters.problems import raise_if_any, refusal, shown
 from adaplex_adapters.spec import LoraAdapter
 
 
 def check_fit(adapter: LoraAdapter, config: LoraConfigFile, base: BaseShape, budget: WorkBudget) -> None:
-    """Raise AdapterProblems unless the adapter fits. Says "wrong base" when most of it does not."""
+    """Raise InvalidAdapter unless the adapter fits. Says "wrong base" when most of it does not."""
     unknown = [path for path in adapter.modules if path not in base.linears]
     misshapen = [p for path in adapter.modules if path in base.linears and (p := _shape_problem(adapter, path, base))]
     if unknown or misshapen:
         problems = [f"Module {path} is not an adaptable module of the base." for path in unknown] + misshapen
         if 2 * len(problems) > len(adapter.modules):
             problems.insert(0, _wrong_base(config, base))
-        raise AdapterProblems(problems)
+        raise refusal(problems)
     rule = TargetRule(config, budget)
     targeted = rule.targets(base.linears)
     raise_if_any(

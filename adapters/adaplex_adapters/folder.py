@@ -46,7 +46,7 @@ class AdapterFolder:
         self._limits = limits
 
     def check(self) -> None:
-        """Raise AdapterProblems unless the folder holds both files, and nothing that is refused."""
+        """Raise InvalidAdapter unless the folder holds both files, and nothing that is refused."""
         problems: list[str] = []
         names = set()
         with os.scandir(self._descriptor) as entries:

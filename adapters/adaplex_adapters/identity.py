@@ -30,7 +30,7 @@ _EXPONENT: Mapping[torch.dtype, tuple[type[np.unsignedinteger], int]] = {
 
 
 def revision_of(kind: str, modules: Mapping[str, LoraModule]) -> str:
-    """The revision (64 hex digits). Raises AdapterProblems when a tensor holds NaN or infinity, for each that does."""
+    """The revision (64 hex digits). Raises InvalidAdapter when a tensor holds NaN or infinity, for each that does."""
     paths = sorted(modules)
     tensors = [tensor for path in paths for tensor in (modules[path].a, modules[path].b)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from adaplex_adapters.automaton import Automaton, PatternRefused, WorkBudget
+from adaplex_adapters.errors import InvalidAdapter
 from adaplex_adapters.peft_config import CONFIG_FILE, LoraConfigFile
-from adaplex_adapters.problems import AdapterProblems, refuse, shown
+from adaplex_adapters.problems import refuse, shown
 
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_\-]|\\?\.){1,512}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -26,7 +27,7 @@ def expression(pattern: str, field: str, budget: WorkBudget, *, after_any_dot: b
     """A function that tells whether `pattern` matches a whole module path, as re.fullmatch would.
 
     after_any_dot: it may also match only what follows a dot of the path, the rule of rank_pattern. `field` names the
-    config field in messages. Raises AdapterProblems when the pattern is refused, now or when the budget runs out.
+    config field in messages. Raises InvalidAdapter when the pattern is refused, now or when the budget runs out.
     """
     wrapped = rf"(?:.*\.)?(?:{pattern})$" if after_any_dot else pattern
     if _PLAIN.fullmatch(pattern):
@@ -48,7 +49,7 @@ def expression(pattern: str, field: str, budget: WorkBudget, *, after_any_dot: b
     return matches
 
 
-def _refused(pattern: str, field: str, error: PatternRefused) -> AdapterProblems:
+def _refused(pattern: str, field: str, error: PatternRefused) -> InvalidAdapter:
     return refuse(f"{CONFIG_FILE}: the expression {shown(pattern)} in {field} is refused: {error}.")
 
 

@@ -105,7 +105,7 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def parse_config(data: bytes, limits: ReadLimits) -> LoraConfigFile:
-    """The config in `data` (JSON). Raises AdapterProblems with everything that is wrong with it."""
+    """The config in `data` (JSON). Raises InvalidAdapter with everything that is wrong with it."""
     fields = parse_object(data, CONFIG_FILE)
     kind = fields.get("peft_type")
     if kind != "LORA":

@@ -12,25 +12,22 @@ _SHOWN = 5
 _MAX_TEXT = 120
 
 
-class AdapterProblems(InvalidAdapter):
-    """InvalidAdapter with every problem of its stage in `problems`; the message shows the first few."""
-
-    def __init__(self, problems: list[str]) -> None:
-        more = len(problems) - _SHOWN
-        text = " ".join(problems[:_SHOWN]) + (f" And {more} more of this kind." if more > 0 else "")
-        super().__init__(text)
-        self.problems = tuple(problems)
+def refusal(problems: list[str]) -> InvalidAdapter:
+    """The error for all problems of a stage; the message shows the first few."""
+    more = len(problems) - _SHOWN
+    text = " ".join(problems[:_SHOWN]) + (f" And {more} more of this kind." if more > 0 else "")
+    return InvalidAdapter(text, problems=tuple(problems))
 
 
-def refuse(problem: str) -> AdapterProblems:
+def refuse(problem: str) -> InvalidAdapter:
     """The error for a single problem, to be raised by the caller."""
-    return AdapterProblems([problem])
+    return refusal([problem])
 
 
 def raise_if_any(problems: list[str]) -> None:
-    """Raise AdapterProblems when the list is not empty."""
+    """Raise InvalidAdapter when the list is not empty."""
     if problems:
-        raise AdapterProblems(problems)
+        raise refusal(problems)
 
 
 def shown(value: object) -> str:

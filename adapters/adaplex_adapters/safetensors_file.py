@@ -59,7 +59,7 @@ def header_length(prefix: bytes, file_size: int, limits: ReadLimits, what: str) 
 def parse_header(header: bytes, data_size: int, limits: ReadLimits, what: str) -> tuple[TensorEntry, ...]:
     """All tensors of the header in the order of their data. `data_size` is the number of bytes that follow the header.
 
-    Raises AdapterProblems unless every entry is well-formed and the entries cover the data exactly once.
+    Raises InvalidAdapter unless every entry is well-formed and the entries cover the data exactly once.
     """
     fields = parse_object(header, f"the header of {what}")
     metadata = fields.pop("__metadata__", {})

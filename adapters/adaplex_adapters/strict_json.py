@@ -15,7 +15,7 @@ class _Duplicate(ValueError):
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data` (UTF-8); AdapterProblems for anything else. `what` names the file in messages."""
+    """The JSON object in `data` (UTF-8); InvalidAdapter for anything else. `what` names the file in messages."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:

@@ -23,7 +23,7 @@ _CHUNK = 1 << 20
 def open_tar(archive: Path, scratch: Path, room: int, limits: UploadLimits) -> Iterator[Iterator[ArchiveEntry]]:
     """The entries of a tar or tar.gz archive, one after the other, readable while the context lasts.
 
-    `scratch` is a folder for the unpacked tar, `room` its largest size. Raises AdapterProblems when it is damaged.
+    `scratch` is a folder for the unpacked tar, `room` its largest size. Raises InvalidAdapter when it is damaged.
     """
     plain = archive
     unpacked = scratch / "unpacked.tar"

@@ -38,7 +38,7 @@ class Pair:
 
 
 def pair_up(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
-    """Module path -> its pair, sorted by path. AdapterProblems for any tensor that is not half of exactly one pair."""
+    """Module path -> its pair, sorted by path. InvalidAdapter for any tensor that is not half of exactly one pair."""
     halves: dict[str, dict[str, torch.Tensor]] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():

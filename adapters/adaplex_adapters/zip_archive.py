@@ -23,7 +23,7 @@ _ENTRY_BYTES = 2_000  # generous for one entry of the directory
 
 @contextmanager
 def open_zip(archive: Path, scratch: Path, room: int, limits: UploadLimits) -> Iterator[list[ArchiveEntry]]:
-    """The entries of a zip archive, readable while the context lasts. Raises AdapterProblems when it is damaged."""
+    """The entries of a zip archive, readable while the context lasts. Raises InvalidAdapter when it is damaged."""
     try:
         with archive.open("rb") as file:
             _check_directory(file, limits)

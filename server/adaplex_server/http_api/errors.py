@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from adaplex_adapters.errors import AdaplexError, NotFound
+from adaplex_adapters.errors import AdaplexError, MethodNotAllowed, NotFound
 from adaplex_server.http_api.context import context_of
 
 
@@ -27,12 +27,6 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
     """The body of every answer that is not a success."""
 
     error: ErrorDetail
-
-
-class MethodNotAllowed(NotFound):
-    """The path exists, not with this method."""
-
-    status, code = 405, "method_not_allowed"
 
 
 def error_bytes(error: AdaplexError) -> bytes:
