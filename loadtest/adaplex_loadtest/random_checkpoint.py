@@ -48,7 +48,8 @@ def write_random_checkpoint(folder: Path, shape: str, form: Format, tokenizer: P
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True)
     index: dict[str, str] = {}
-    for part, tensors in enumerate(_parts(config, form, device)):
+    known = _known_tokens(tokenizer) or config.vocab_size
+    for part, tensors in enumerate(_parts(config, form, device, known)):
         name = f"model-{part:05d}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, name)
@@ -61,13 +62,25 @@ def write_random_checkpoint(folder: Path, shape: str, form: Format, tokenizer: P
     return folder
 
 
-def _parts(config: ModelConfig, form: Format, device: torch.device) -> Iterator[Tensors]:
-    """Embedding, head and last norm; then layer by layer."""
+def _known_tokens(tokenizer: Path) -> int | None:
+    """How many tokens the tokenizer has; None where there is none."""
+    if not (tokenizer / "tokenizer.json").exists():
+        return None
+    from tokenizers import Tokenizer
+
+    return int(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size())
+
+
+def _parts(config: ModelConfig, form: Format, device: torch.device, known: int) -> Iterator[Tensors]:
+    """Embedding, head and last norm; then layer by layer. Tokens that the tokenizer does not know have zeros in the
+    head, so that they are never the likeliest: they would have no text to stream.
+    """
     family = FAMILIES[config.family]
     embedding = {f"{family.embedding}.weight": _dense(config.vocab_size, config.hidden_size, 1.0, device)}
     if not config.tied_head:
         scale = config.hidden_size**-0.5
         embedding[f"{family.head}.weight"] = _dense(config.vocab_size, config.hidden_size, scale, device)
+        embedding[f"{family.head}.weight"][known:] = 0
     yield embedding | {f"{family.final_norm}.weight": torch.ones(config.hidden_size, dtype=torch.bfloat16)}
     linears = base_shape(config).linears
     for layer in range(config.num_layers):

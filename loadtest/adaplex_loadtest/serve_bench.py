@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import orjson
@@ -56,16 +57,14 @@ async def run(load: Load) -> str:
     measured = Measured()
     jobs = iter(range(load.requests))
     names = itertools.cycle(load.models)
-    limits = httpx.Limits(max_connections=load.streams, max_keepalive_connections=load.streams)
-    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
 
-        async def stream_after_stream() -> None:
-            for number in jobs:
-                await _one(client, load, next(names), number, measured)
+    async def stream_after_stream() -> None:
+        for number in jobs:
+            await _one(load, next(names), number, measured)
 
-        began = time.perf_counter()
-        await asyncio.gather(*(stream_after_stream() for _ in range(load.streams)))
-        seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    await asyncio.gather(*(stream_after_stream() for _ in range(load.streams)))
+    seconds = time.perf_counter() - began
     return report(
         benchmark="serve",
         streams=load.streams,
@@ -81,35 +80,53 @@ async def run(load: Load) -> str:
     )
 
 
-async def _one(client: httpx.AsyncClient, load: Load, model: str, number: int, measured: Measured) -> None:
-    body = _body(load, model, number)
-    began = last = time.perf_counter()
-    first = True
+async def _one(load: Load, model: str, number: int, measured: Measured) -> None:
+    """One request on a connection of its own, read line by line: a full HTTP client would cost more than the server."""
+    address = urlsplit(load.url)
+    body = orjson.dumps(_body(load, model, number))
+    began = time.perf_counter()
     try:
-        async with client.stream("POST", f"{load.url}/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                measured.errors[f"HTTP {answer.status_code}"] += 1
-                await answer.aread()
+        reader, writer = await asyncio.open_connection(address.hostname, address.port or 80)
+        try:
+            writer.write(
+                f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+                + body
+            )
+            status = (await reader.readline()).split()
+            if status[1:2] != [b"200"]:
+                measured.errors[f"HTTP {b' '.join(status[1:]).decode()}"] += 1
                 return
-            async for line in answer.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = orjson.loads(line[6:])
-                if "error" in event:
-                    measured.errors[str(event["error"].get("type"))] += 1
-                    return
-                now = time.perf_counter()
-                if usage := event.get("usage"):
-                    measured.tokens[model] += usage["completion_tokens"]
-                elif event["choices"] and first:
-                    measured.first_token.append(now - began)
-                    first = False
-                else:
-                    measured.between_tokens.append(now - last)
-                last = now
-        measured.end_to_end.append(last - began)
-    except httpx.HTTPError as error:
+            await _read_events(reader, model, began, measured)
+        finally:
+            writer.close()
+    except (OSError, asyncio.IncompleteReadError) as error:
         measured.errors[type(error).__name__] += 1
+
+
+async def _read_events(reader: asyncio.StreamReader, model: str, began: float, measured: Measured) -> None:
+    """Lines of the chunked body that begin with "data: {"; the server writes an event in one piece."""
+    last, first, finished = began, True, False
+    while line := await reader.readline():
+        if not line.startswith(b"data: {"):
+            continue
+        event = orjson.loads(line[6:])
+        if "error" in event:
+            measured.errors[str(event["error"].get("type"))] += 1
+            return
+        now = time.perf_counter()
+        if usage := event.get("usage"):
+            measured.tokens[model] += usage["completion_tokens"]
+            finished = True
+        elif first:
+            measured.first_token.append(now - began)
+            first = False
+        else:
+            measured.between_tokens.append(now - last)
+        last = now
+    if not finished:
+        measured.errors["ended without usage"] += 1
+    measured.end_to_end.append(last - began)
 
 
 def _body(load: Load, model: str, number: int) -> dict[str, Any]:
