@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaplex_adapters.durable import disk_errors, sync_folder
+from adaplex_adapters.durable import disk_errors, sync
 from adaplex_adapters.errors import NotFound, StartupError, StorageFailed
 from adaplex_adapters.names import check_name
 from adaplex_adapters.spec import AdapterSpec
@@ -176,7 +176,7 @@ def _create(path: Path) -> None:
             finally:
                 connection.close()
             os.rename(made, path)
-            sync_folder(path.parent)
+            sync(path.parent)
     except StorageFailed as error:
         raise StartupError(f"{error.message} Choose another data folder, or make this one writable.") from error
 

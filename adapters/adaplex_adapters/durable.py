@@ -46,9 +46,9 @@ def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> None:
         os.close(descriptor)
 
 
-def sync_folder(path: Path) -> None:
-    """Return when the folder's entries (creations, renames) are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync(path: Path) -> None:
+    """Return when a file's bytes, or a folder's entries (creations, renames), are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adaplex_adapters.base_shape import BaseShape
-from adaplex_adapters.durable import disk_errors, sync_folder, write_file
+from adaplex_adapters.durable import disk_errors, sync, write_file
 from adaplex_adapters.errors import AdaplexError, InvalidAdapter, NotFound, StorageFailed
 from adaplex_adapters.limits import ReadLimits
 from adaplex_adapters.peft_folder import files_of
@@ -53,7 +53,7 @@ class AdapterStore:
         with self._writing, disk_errors("Storing the adapter"):
             if target.exists():
                 if self._is_whole(revision):
-                    sync_folder(self._revisions)  # it may be there by a rename whose caller never got this far
+                    sync(self._revisions)  # it may be there by a rename whose caller never got this far
                     return revision
                 self._discard(target)
             with self.staging() as staging:
@@ -61,9 +61,9 @@ class AdapterStore:
                 made.mkdir(mode=0o700)
                 for name, pieces in files_of(adapter):
                     write_file(made / name, pieces)
-                sync_folder(made)
+                sync(made)
                 os.rename(made, target)
-            sync_folder(self._revisions)
+            sync(self._revisions)
         return revision
 
     def read(self, revision: str, base: BaseShape) -> LoraAdapter:
@@ -106,7 +106,7 @@ class AdapterStore:
         folder = self._existing(revision)
         with self._writing, disk_errors("Deleting a stored adapter"):
             self._discard(folder)
-            sync_folder(self._revisions)
+            sync(self._revisions)
 
     def prune(self, keep: set[str]) -> tuple[str, ...]:
         """At start: empty the staging folder and remove every revision but those of `keep`; what was removed."""
@@ -118,7 +118,7 @@ class AdapterStore:
                 if name not in keep:
                     self._discard(self._revisions / name)
                     removed.append(name)
-            sync_folder(self._revisions)
+            sync(self._revisions)
         return tuple(removed)
 
     @contextmanager

@@ -7,7 +7,6 @@ reads them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from adaplex_adapters.durable import sync
 from adaplex_adapters.errors import Conflict, StorageFailed
 
 SHARD_BYTES = 4 * 2**30
@@ -36,9 +36,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
         yield staging
         staging.chmod(0o755)
         for path in (*staging.iterdir(), staging):
-            _sync(path)
+            sync(path)
         staging.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise StorageFailed(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
@@ -98,11 +98,3 @@ class ShardWriter:
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Indented, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from adaplex_adapters.durable import sync
 from adaplex_adapters.errors import Conflict
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+from adaplex_adapters.folder import TENSOR_FILE
+from adaplex_adapters.peft_config import CONFIG_FILE
 
 
 @torch.no_grad()
@@ -38,14 +38,14 @@ def save_adapter(model: Any, out: Path, base_name: str, dtype: torch.dtype = tor
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in get_peft_model_state_dict(model).items()}
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, staging / TENSOR_FILE, metadata={"format": "pt"})
         config = plain_config(model.peft_config["default"], base_name)
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for file in (staging / WEIGHTS_FILE, staging / CONFIG_FILE):
+        for file in (staging / TENSOR_FILE, staging / CONFIG_FILE):
             file.chmod(0o644)
-            _sync(file)
+            sync(file)
         staging.chmod(0o755)
-        _sync(staging)
+        sync(staging)
         _replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -76,14 +76,6 @@ def _replace(staging: Path, out: Path) -> None:
         old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
         out.rename(old)
     staging.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
     if old is not None:
         shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

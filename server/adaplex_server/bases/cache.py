@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from adaplex_adapters.durable import sync
 from adaplex_adapters.errors import StartupError
 
 
@@ -46,9 +47,9 @@ def _make(target: Path, make: Callable[[Path], None]) -> None:
         make(part)
         part.chmod(0o755)
         for path in (*part.iterdir(), part):
-            _sync(path)
+            sync(path)
         part.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -63,13 +64,5 @@ def _lock(path: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
