@@ -27,6 +27,7 @@ from adaplex_server.engine.messages import RowEnd, RowToken, Submit
 from adaplex_server.engine.placement import Placement
 from adaplex_server.engine.prefix_cache import PrefixCache
 from adaplex_server.engine.row import Outcome, Row, Work, work_on
+from adaplex_server.engine.row_pages import RowPages
 from adaplex_server.engine.waiting import WaitingRows
 from adaplex_server.vocabulary import FinishReason, TokenLogprob
 
@@ -61,7 +62,7 @@ class Scheduler:
         self.hit_tokens = 0
         self.query_tokens = 0
         self.step_tokens = limits.max_step_tokens
-        self._cache = cache
+        self._pages = RowPages(cache, limits.page_size)
         self._slots = slots
         self._placement = placement
         self._rows: dict[int, Row] = {}
@@ -194,7 +195,7 @@ class Scheduler:
         if self._rows.get(row.id) is not row:
             return
         if outcome.failed:
-            self._cache.condemn(row.pages)
+            self._pages.condemn(row)
             what = (
                 "the numbers of this row are not finite (its adapter's weights may be too large); nothing else is hurt"
             )
@@ -202,7 +203,7 @@ class Scheduler:
             return
         row.computed = work.start + work.count
         row.scores.extend(outcome.scores)
-        self._keep_full_pages(row)
+        self._pages.keep(row)
         if outcome.token is not None:
             self._accept(row, outcome.token, outcome, now)
         elif row.max_tokens == 0 and row.remaining == 0:
@@ -243,16 +244,16 @@ class Scheduler:
 
     def _grow(self, row: Row) -> bool:
         """A page for the row's next token, by preempting the last row if need be (perhaps this one: then False)."""
-        if not row.pages:
+        if row.state != "running":
             return False
-        if row.computed < len(row.pages) * self.limits.page_size:
+        if not self._pages.full(row):
             return True
-        while self._cache.available < 1:
+        while self._pages.available < 1:
             victim = self._running[-1]
             self._preempt(victim)
             if victim is row:
                 return False
-        row.pages.extend(self._cache.take(1))
+        self._pages.extend(row)
         return True
 
     def _admit(self, budget: int) -> None:
@@ -261,7 +262,8 @@ class Scheduler:
         """
         while len(self._running) < self.limits.max_rows and budget > 0:
             row = self._next_row()
-            if row is None or not self._give_pages(row):
+            # Some pages are left for running rows to grow.
+            if row is None or not self._pages.begin(row, spare=len(self._running)):
                 return
             self._begin(row)
             budget -= row.remaining
@@ -275,21 +277,6 @@ class Scheduler:
             if row is not None:
                 return row
         return preempted
-
-    def _give_pages(self, row: Row) -> bool:
-        """Pages for all that the row has to compute, known prefixes first; some are left for running rows to grow."""
-        size, total = self.limits.page_size, len(row.tokens)
-        found: list[int] = []
-        if self._cache.enabled and not row.scoring:
-            self._cache.extend_digests(row.digests, row.revision, row.tokens, (total - 1) // size)
-            found = self._cache.match(row.digests[: (total - 1) // size])
-        needed = -(-total // size) - len(found)
-        if self._cache.available < needed + min(len(self._running), self._cache.available // 8 + 1):
-            self._cache.give_back(found)
-            return False
-        row.pages = found + self._cache.take(needed)
-        row.computed = len(found) * size
-        return True
 
     def _begin(self, row: Row) -> None:
         if row.state == "preempted":
@@ -307,22 +294,13 @@ class Scheduler:
     def _preempt(self, row: Row) -> None:
         """Give up the row's pages but not its slot: slots are then never waited for by a row that has begun."""
         self._running.remove(row)
-        self._release(row)
+        self._pages.release(row)
         row.computed = 0
         if row.scoring:
             row.scores = [None]
         row.state = "preempted"
         self._preempted.append(row)
         self.preemptions += 1
-
-    def _keep_full_pages(self, row: Row) -> None:
-        if not self._cache.enabled:
-            return
-        full = row.computed // self.limits.page_size
-        self._cache.extend_digests(row.digests, row.revision, row.tokens, full)
-        for i in range(row.kept_pages, full):
-            self._cache.insert(row.digests[i], row.revision, row.pages[i])
-        row.kept_pages = full
 
     def _accept(self, row: Row, token: int, outcome: Outcome, now: float) -> None:
         sampling = row.sampling
@@ -336,11 +314,6 @@ class Scheduler:
         self._tokens.append(RowToken(row.id, token, outcome.logprob, scores, cached))
         if row.generated >= row.max_tokens:
             self._end(row, "length", now=now)
-
-    def _release(self, row: Row) -> None:
-        self._cache.give_back(row.pages)
-        row.pages = []
-        row.kept_pages = 0
 
     def _end(
         self,
@@ -360,7 +333,7 @@ class Scheduler:
         elif row.state == "waiting":
             self._waiting.remove(row)
         row.state = "ended"
-        self._release(row)
+        self._pages.release(row)
         if row.slot is not None and row.revision is not None:
             self._slots.unpin(row.revision)
         if error is not None:
@@ -392,15 +365,10 @@ class Scheduler:
             "a row is twice"
         )
         assert self._running == sorted(self._running, key=lambda row: row.order), "running rows are out of order"
-        size = self.limits.page_size
         for row in self._rows.values():
+            self._pages.check(row)
             if row.state == "running":
-                assert row.computed <= len(row.pages) * size <= len(row.tokens) + size, (
-                    "a row has too few or many pages"
-                )
                 assert row.remaining > 0 and len(row.tokens) <= self.max_context, "a row has nothing to compute"
-            else:
-                assert not row.pages and not row.computed, "a row that does not run holds pages"
             assert (row.slot is not None) == (row.revision is not None and row.state != "waiting"), (
                 "a row's pin is wrong"
             )
