@@ -14,6 +14,7 @@ import typer
 from adaplex_adapters.errors import InvalidRequest, StartupError
 from adaplex_adapters.names import check_name
 from adaplex_server.cli.adapters import DEFAULT_SERVER, add_adapter
+from adaplex_server.cli.run import run
 from adaplex_server.settings import default_data_dir
 
 if TYPE_CHECKING:
@@ -195,8 +196,6 @@ def register_in_folder(name: str, folder: Path, shape: Any, data_dir: Path) -> N
 
 def main() -> None:
     """The entry point of `serve-train`."""
-    from adaplex_server.cli.main import run
-
     application = typer.Typer(pretty_exceptions_enable=False)
     application.command("serve-train")(train_command)
     run(application)

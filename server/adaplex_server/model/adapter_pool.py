@@ -14,29 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter
 from adaplex_adapters.spec import LoraAdapter, LoraModule
-
-if TYPE_CHECKING:
-    from adaplex_server.model.config import ModelConfig
+from adaplex_server.model.config import ModelConfig
+from adaplex_server.model.families import LinearTargets, linear_targets, module_paths
 
 RANK_PAGE = 8
-
-
-@dataclass(frozen=True)
-class LinearTargets:
-    """The targets fused in one linear: their names ("q_proj", ...), and where each one's outputs begin and end in N
-    ([begin, end)).
-    """
-
-    names: tuple[str, ...]
-    spans: tuple[tuple[int, int], ...]
-    in_features: int
-    out_features: int
 
 
 @dataclass(frozen=True)
@@ -70,8 +56,6 @@ class AdapterPool:
 
 def bytes_per_page(config: ModelConfig, dtype: torch.dtype) -> int:
     """Device bytes of one page over all layers and linears."""
-    from adaplex_server.model.families import linear_targets
-
     values = sum(t.in_features * len(t.names) + t.out_features for t in linear_targets(config).values())
     return config.num_layers * RANK_PAGE * values * dtype.itemsize
 
@@ -83,7 +67,6 @@ def allocate_pool(
 
     dtype: float32 on the CPU, where the arithmetic is in float32 and another dtype would be converted in every step.
     """
-    from adaplex_server.model.families import linear_targets
 
     def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of, device=device)
@@ -116,8 +99,6 @@ def write_adapter(
     Whatever the pages held before is overwritten. Raises InvalidAdapter if a value is not finite in the pool's dtype
     or the pages are too few; the slot is empty then.
     """
-    from adaplex_server.model.families import module_paths
-
     clear_slot(pool, slot)
     rank = max((module.a.shape[0] for module in adapter.modules.values()), default=0)
     if rank > len(pages) * RANK_PAGE or len(pages) > pool.slot_pages.shape[1]:

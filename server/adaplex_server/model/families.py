@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from adaplex_adapters.base_shape import BaseShape, LinearShape
-from adaplex_server.model.adapter_pool import LinearTargets
 
 if TYPE_CHECKING:
     from adaplex_server.model.config import ModelConfig
@@ -143,6 +142,18 @@ _ROWS = (
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in _ROWS})
+
+
+@dataclass(frozen=True)
+class LinearTargets:
+    """The targets fused in one linear: their names ("q_proj", ...), and where each one's outputs begin and end in the
+    outputs of the whole linear ([begin, end)).
+    """
+
+    names: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    in_features: int
+    out_features: int
 
 
 def linear_widths(config: ModelConfig, linear: str) -> tuple[tuple[int, ...], int]:
