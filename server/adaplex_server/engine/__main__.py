@@ -1,7 +1,8 @@
 """The engine process: `python -m adaplex_server.engine FD`, where FD is its end of the socket pair.
 
 The first frame is the EngineSettings; then Progress, and Ready or Failed. The end of the file means that the API
-process is gone: the process ends at once, whatever it is doing, so that no orphan holds the device.
+process is gone: the process ends at once, whatever it is doing, so that no orphan holds the device. SIGTERM does not end it: a
+service manager that sends one to every process of the server must not cut the requests that are still being drained.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -27,6 +29,8 @@ log = logging.getLogger("adaplex.engine")
 
 def main(fd: int) -> int:
     """Serve until Shutdown; the exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     sock = socket.socket(fileno=fd)
     frames = FrameReader(sock)

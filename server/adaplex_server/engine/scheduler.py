@@ -117,7 +117,7 @@ class Scheduler:
             self.fail(row, InvalidRequest(what))
         elif sampling.max_tokens == 0 and not row.scoring:
             self._end(row, "length")
-        elif len(self._waiting) >= self.limits.max_waiting:
+        elif len(self._waiting) >= self.limits.max_waiting + self._free_places():
             wait = min(max(self._pace * len(self._waiting) / 2, 0.1), 60.0)
             what = f"{len(self._waiting)} requests wait already, and that is the limit; retry in {wait:.1f} s"
             self.fail(row, Overloaded(what, retry_after=wait))
@@ -233,6 +233,10 @@ class Scheduler:
         named = (*message.prompt, *s.logit_bias, *s.stop_token_ids)
         low, high = min(named), max(named)
         return low if low < 0 else high if high >= self.limits.vocab_size else None
+
+    def _free_places(self) -> int:
+        """Places in the next step that nobody has yet: who is about to take one does not count as waiting."""
+        return max(0, self.limits.max_rows - len(self._running) - len(self._preempted))
 
     def _first_orders(self) -> dict[str, tuple[int, int]]:
         return {revision: row.order for revision, row in self._waiting.heads().items()}

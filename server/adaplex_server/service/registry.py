@@ -78,8 +78,10 @@ class Registry:
     def _open(self) -> tuple[AdapterStore, Catalogue, BaseShape]:
         settings = self._settings.engine
         shape = base_shape(read_config(Path(settings.base), settings.base_name))
+        path = self._settings.data_dir / "catalogue.sqlite3"
+        _check_not_lost(path, Path(settings.store))
         # The catalogue first: its lock keeps a second server from touching the store.
-        catalogue = Catalogue(self._settings.data_dir / "catalogue.sqlite3")
+        catalogue = Catalogue(path)
         try:
             store = AdapterStore(Path(settings.store), self._limits)
             for revision in store.prune({entry.spec.revision for entry in catalogue.entries()}):
@@ -326,6 +328,21 @@ class Registry:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) and not isinstance(error, AdaplexError):
             log.error("a change of the adapters failed", exc_info=error)
+
+
+def _check_not_lost(catalogue: Path, store: Path) -> None:
+    """Raise StartupError if there are adapters but no catalogue: a new, empty one would have them all pruned."""
+    revisions = store / "revisions"
+    try:
+        stored = 0 if catalogue.exists() or not revisions.is_dir() else sum(1 for _ in revisions.iterdir())
+    except OSError as error:
+        raise StartupError(f"The adapter store cannot be read ({error.strerror}).") from error
+    if stored:
+        raise StartupError(
+            f"The catalogue {catalogue.name} is gone, but the store '{store.name}' beside it holds {stored} adapters. "
+            f"Nothing was changed: restore {catalogue.name} from a backup, or move '{store.name}' away and load the "
+            "adapters again."
+        )
 
 
 def _is_name(name: str) -> bool:

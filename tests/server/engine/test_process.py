@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -170,3 +171,14 @@ def test_the_process_ends_with_its_parent(zoo: Zoo) -> None:
         peer.send(Submit(0, [5, 6], SamplingParams(max_tokens=100, ignore_eos=True)))
         peer.sock.shutdown(socket.SHUT_RDWR)
         assert peer.process.wait(5) is not None
+
+
+def test_a_sigterm_for_the_whole_group_is_left_to_the_parent(zoo: Zoo) -> None:
+    with engine(settings_for(zoo, threads=1)) as peer:
+        peer.read_until(Ready)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            peer.process.send_signal(number)
+        peer.send(Submit(0, [5, 6], SamplingParams(max_tokens=20, ignore_eos=True)))
+        assert peer.finish({0})[1][0].reason == "length"
+        peer.send(Shutdown())
+        assert peer.process.wait(10) == 0

@@ -106,6 +106,14 @@ def test_the_queue_is_bounded_and_hints_when_to_retry() -> None:
     assert len(world.ends) == 5
 
 
+def test_rows_that_arrive_together_fill_the_free_places_before_the_queue() -> None:
+    world = make_world({}, max_rows=3, max_waiting=2)
+    for row in range(7):
+        submit(world, row)
+    world.settle()
+    assert [row for row, ends in world.ends.items() if ends[0].error == "Overloaded"] == [5, 6]
+
+
 def test_cancel_and_deadline_free_within_a_step() -> None:
     world = make_world({"r1": 1}, max_rows=1)
     submit(world, 1, "r1", longer(30))

@@ -19,6 +19,7 @@ from adaplex_adapters.errors import (
     InvalidRequest,
     ModelNotFound,
     NotFound,
+    StartupError,
     StorageFailed,
 )
 from adaplex_server.service.limits import SamplingRequest
@@ -282,3 +283,20 @@ async def test_content_that_is_gone_is_told_and_not_a_crash(
         await stamp(again, "x")
     await again.registry.load_folder("x", adapters[0])
     assert await stamp(again, "x") == info.revision
+
+
+async def test_a_lost_catalogue_does_not_take_the_adapters_with_it(
+    running: Starter, adapters: tuple[Path, ...]
+) -> None:
+    service = await running()
+    await service.registry.load_folder("itn", adapters[0])
+    kept = stored(service)
+    await service.close()
+    catalogue = service.settings.data_dir / "catalogue.sqlite3"
+    away = catalogue.rename(catalogue.with_name("away"))
+    for _ in range(2):
+        with pytest.raises(StartupError, match=r"gone.*restore catalogue"):
+            await running()
+    assert stored(service) == kept
+    away.rename(catalogue)
+    assert (await running()).registry.describe("itn").state == "ready"
