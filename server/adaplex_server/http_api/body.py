@@ -17,8 +17,24 @@ from adaplex_server.http_api.refusals import refusal
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def body_chunks(receive: Receive, idle: float) -> AsyncIterator[bytes]:
-    """The body as it arrives. Raises Cancelled if the client leaves, InvalidRequest after `idle` silent seconds."""
+async def limited_body(request: Request, limit: int, idle: float, what: str = "body") -> AsyncIterator[bytes]:
+    """The body as it arrives; RequestTooLarge as soon as it is known to be over `limit` bytes, chunked or not.
+
+    Raises Cancelled if the client leaves, InvalidRequest after `idle` silent seconds.
+    """
+    too_large = RequestTooLarge(f"The {what} is larger than {limit} bytes, which is the most this server takes.")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_large
+    size = 0
+    async for chunk in _chunks(request.receive, idle):
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        yield chunk
+
+
+async def _chunks(receive: Receive, idle: float) -> AsyncIterator[bytes]:
     while True:
         try:
             async with asyncio.timeout(idle):
@@ -31,20 +47,6 @@ async def body_chunks(receive: Receive, idle: float) -> AsyncIterator[bytes]:
             yield message["body"]
         if not message.get("more_body", False):
             return
-
-
-async def read_body(request: Request, limit: int, idle: float) -> bytes:
-    """The whole body; RequestTooLarge as soon as it is known to be over `limit` bytes, chunked or not."""
-    too_large = RequestTooLarge(f"The body is larger than {limit} bytes, which is the most this server takes.")
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_large
-    body = bytearray()
-    async for chunk in body_chunks(request.receive, idle):
-        body += chunk
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 async def read_model(request: Request, schema: type[Model], limit: int, idle: float) -> Model:
     """The body, checked against `schema`; InvalidRequest names the first field that is wrong."""
-    value = parse_json(await read_body(request, limit, idle))
+    value = parse_json(b"".join([chunk async for chunk in limited_body(request, limit, idle)]))
     try:
         return schema.model_validate(value)
     except ValidationError as error:

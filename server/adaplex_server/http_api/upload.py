@@ -5,15 +5,14 @@ What a file may be called and how large files may be is `StagedFiles`'s rule, wh
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.requests import Request
 
-from adaplex_adapters.errors import InvalidRequest, RequestTooLarge
-from adaplex_server.http_api.body import body_chunks
+from adaplex_adapters.errors import InvalidRequest
+from adaplex_server.http_api.body import limited_body
 from adaplex_server.http_api.multipart import PartBegin, PartData, PartEvent, split_parts
 from adaplex_server.http_api.settings import HttpSettings
 from adaplex_server.service.staged_files import StagedFiles
@@ -32,29 +31,13 @@ class Received:
 async def receive_upload(request: Request, staging: Path, settings: HttpSettings) -> Received:
     """Everything that the client sends. Raises InvalidRequest and its kinds, StorageFailed, Cancelled."""
     limit = settings.max_upload_bytes
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > limit:
-        raise _too_large(limit)
-    chunks = _limited(body_chunks(request.receive, settings.body_idle), limit)
+    # The files' own sizes do not count what lies between the parts.
+    chunks = limited_body(request, limit, settings.body_idle, "upload")
     with closing(StagedFiles(staging, limit)) as files:
         upload = _Upload(files)
         async for part in split_parts(request.headers.get("content-type", ""), chunks):
             await upload.take(part)
         return Received(upload.name(), await files.complete())
-
-
-async def _limited(chunks: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
-    """The body with all that is between its parts, which no file's size counts."""
-    size = 0
-    async for chunk in chunks:
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(limit)
-        yield chunk
-
-
-def _too_large(limit: int) -> RequestTooLarge:
-    return RequestTooLarge(f"The upload is larger than {limit} bytes, which is the most this server takes.")
 
 
 class _Upload:
