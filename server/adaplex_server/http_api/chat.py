@@ -77,7 +77,6 @@ class ChatCompletions:
                 prompt=prompt,
                 sampling=body.sampling(max_tokens=body.answer_tokens, logprobs=body.alternatives),
                 request_id=request_id,
-                deadline=self._settings.default_deadline,
             )
         except InvalidRequest as error:
             if error.param == "prompt":  # the service's word for it

@@ -95,7 +95,6 @@ class Completions:
                 sampling=wishes,
                 default_max_tokens=DEFAULT_MAX_TOKENS,
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
-                deadline=self._settings.default_deadline,
             )
             asked.append(_Asked(made, prompt))
         return asked

@@ -106,5 +106,4 @@ def uvicorn_options(settings: HttpSettings) -> dict[str, Any]:
         "server_header": False,
         "proxy_headers": False,
         "timeout_keep_alive": settings.keep_alive,
-        "backlog": settings.backlog,
     }

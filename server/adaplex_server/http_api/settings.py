@@ -15,7 +15,7 @@ class HttpSettings:
     status; after that a stream is opened and errors are told inside it. ping: between comment lines on a stream.
     stall: a reader that stays behind for this long is dropped. body_idle: a body that stops arriving for this long is
     refused. header: for a request's head to arrive. keep_alive: an idle connection. drain: for running answers after
-    `stop`. default_deadline: of a request, None for no limit.
+    `stop`.
     """
 
     max_body_bytes: int = 8 << 20
@@ -29,6 +29,4 @@ class HttpSettings:
     body_idle: float = 30.0
     header: float = 30.0
     keep_alive: int = 75
-    backlog: int = 2048
     drain: float = 30.0
-    default_deadline: float | None = None

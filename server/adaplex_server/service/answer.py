@@ -27,8 +27,8 @@ DEADLINE_GRACE = 2.0
 """Seconds past a deadline after which an engine that has not ended the row is no longer waited for."""
 
 
-class Row:
-    """Listens to one row of an answer. on_end(row): called once, when the engine is done with it."""
+class _Row:
+    """Listens to one row of an answer. on_end: called once, when the engine is done with the row."""
 
     __slots__ = ("_answer", "_began", "_last", "_on_end", "_series", "id", "index")
 
@@ -59,7 +59,7 @@ class Row:
 class Answer:
     """The way of one request from its submission to its last choice's end.
 
-    on_row_end: called once for every row submitted. capacity: tokens buffered for all choices together.
+    row_buffer: events kept for a slow reader, per choice.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Answer:
             )
             for index in range(request.n)
         }
-        self._rows: list[Row] = []
+        self._rows: list[_Row] = []
         self._over = False
         self._timer: asyncio.TimerHandle | None = None
         # How the request ended, for its count: a reader that leaves early changes nothing here.
         self.outcome = "cancelled"
 
     def submit(self, revision: str | None, next_row: Callable[[], int], on_row_end: Callable[[], None]) -> None:
-        """Hand all rows to the engine; choice i samples with seed + i."""
+        """Hand all rows to the engine; choice i samples with seed + i. on_row_end: called once for every row."""
         request = self.request
         deadline = None if request.deadline is None else self.began + request.deadline
         if request.deadline is not None:
@@ -99,7 +99,7 @@ class Answer:
             sampling = request.sampling
             if index:
                 sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % SEED_SPACE)
-            row = Row(self, index, next_row(), self.began, on_row_end)
+            row = _Row(self, index, next_row(), self.began, on_row_end)
             self._rows.append(row)
             self._link.submit(Submit(row.id, prompt, sampling, revision, deadline, request.priority), row)
 
