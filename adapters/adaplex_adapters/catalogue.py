@@ -168,8 +168,9 @@ def _create(path: Path) -> None:
     made = path.with_name(path.name + ".new")
     try:
         with disk_errors("Making the catalogue"), _sqlite_errors("Making the catalogue"):
-            for leftover in (made, path.with_name(made.name + "-journal")):
-                leftover.unlink(missing_ok=True)
+            # A log that outlived its catalogue would be played into the new one.
+            for tail in (".new", ".new-journal", "-wal", "-shm"):
+                path.with_name(path.name + tail).unlink(missing_ok=True)
             connection = sqlite3.connect(made, isolation_level=None)
             try:
                 connection.executescript("BEGIN;" + _SCHEMA + "COMMIT;")

@@ -206,3 +206,15 @@ def test_what_was_acknowledged_survives_a_kill(path: Path) -> None:
     names = {entry.name for entry in catalogue.entries()}
     assert names >= {f"a{number}" for number in range(max([16, *acknowledged]) + 1)}
     catalogue.close()
+
+
+def test_a_log_without_its_catalogue_is_not_played_into_a_new_one(path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        writer.send_signal(signal.SIGKILL)
+    assert path.with_name(path.name + "-wal").stat().st_size > 0
+    path.unlink()
+    catalogue = Catalogue(path)
+    assert catalogue.entries() == ()
+    catalogue.close()

@@ -1,8 +1,8 @@
 """The engine process: `python -m adaplex_server.engine FD`, where FD is its end of the socket pair.
 
 The first frame is the EngineSettings; then Progress, and Ready or Failed. The end of the file means that the API
-process is gone: the process ends at once, whatever it is doing, so that no orphan holds the device. SIGTERM does not end it: a
-service manager that sends one to every process of the server must not cut the requests that are still being drained.
+process is gone: the process ends at once, whatever it is doing, so that no orphan holds the device. SIGTERM does not
+end it: a service manager that sends one to every process of the server must not cut what is still being drained.
 """
 
 from __future__ import annotations
