@@ -1,13 +1,14 @@
-"""All settings of the server in one typed object, and the one place that reads the environment and the TOML file.
+"""All settings of the server in one typed object, and the one place that reads them from environment and TOML file.
 
 Order, weakest first: defaults, the TOML file, `ADAPLEX_*` variables, the command line. Unknown keys and bad values are
-refused with their name; nothing is ignored. `SETTINGS` below is the only list of options: the command line, the TOML
+refused with their name; nothing is ignored. `ServerSettings` is the only list of options: the command line, the TOML
 keys (same names) and the variables (`ADAPLEX_` and the name in capitals) are all made from it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,11 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from adaplex_adapters.errors import StartupError
 
 ENV_PREFIX = "ADAPLEX_"
-# Read elsewhere on purpose, and not a setting: which TOML file to read.
+# Not settings of a server: which TOML file to read, and which server the other commands talk to.
 CONFIG_VARIABLE = "ADAPLEX_CONFIG"
+SERVER_VARIABLE = "ADAPLEX_SERVER"
+# Kubernetes gives them to every pod beside a Service called adaplex (ADAPLEX_PORT=tcp://10.0.0.1:8000, ...).
+_SERVICE_LINK = re.compile(r"ADAPLEX_(SERVICE_(HOST|PORT)|PORT)(_.*)?")
 
 
 def default_data_dir() -> Path:
@@ -189,7 +193,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name.removeprefix(ENV_PREFIX).lower(): value
         for name, value in environ.items()
-        if name.startswith(ENV_PREFIX) and name != CONFIG_VARIABLE
+        if name.startswith(ENV_PREFIX)
+        and name not in (CONFIG_VARIABLE, SERVER_VARIABLE)
+        and not _SERVICE_LINK.fullmatch(name)
     }
 
 

@@ -62,3 +62,14 @@ def test_addresses(address: str, parts: tuple[str, int]) -> None:
 def test_a_bad_address_names_its_setting(address: str) -> None:
     with pytest.raises(StartupError, match="'grpc'"):
         host_and_port(address, "grpc")
+
+
+def test_variables_of_other_commands_and_of_kubernetes_are_no_settings() -> None:
+    others = (
+        "ADAPLEX_SERVER",
+        "ADAPLEX_SERVICE_HOST",
+        "ADAPLEX_SERVICE_PORT_HTTP",
+        "ADAPLEX_PORT",
+        "ADAPLEX_PORT_80_TCP",
+    )
+    assert load_settings(None, dict.fromkeys(others, "tcp://10.0.0.1:80"), {}) == load_settings(None, {}, {})

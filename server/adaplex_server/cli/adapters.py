@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from adaplex_adapters.errors import AdaplexError, InvalidRequest, Unavailable
+from adaplex_server.settings import SERVER_VARIABLE
 
 app = typer.Typer(help="List, add, remove and check adapters.", no_args_is_help=True)
-Server = Annotated[str, typer.Option(help="Address of the running server.", envvar="ADAPLEX_SERVER")]
+Server = Annotated[str, typer.Option(help="Address of the running server.", envvar=SERVER_VARIABLE)]
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -15,7 +15,7 @@ from adaplex_adapters.errors import InvalidRequest, StartupError
 from adaplex_adapters.names import check_name
 from adaplex_server.cli.adapters import DEFAULT_SERVER, add_adapter
 from adaplex_server.cli.run import run
-from adaplex_server.settings import default_data_dir
+from adaplex_server.settings import SERVER_VARIABLE, default_data_dir
 
 if TYPE_CHECKING:
     from adaplex_adapters.training.trainer import TrainResult
@@ -40,7 +40,7 @@ def train_command(
         typer.Option(
             help="Register with the server at this URL. [default: the one at 127.0.0.1:8000 if it answers, else "
             "the data folder, from where the next `adaplex serve` serves it]",
-            envvar="ADAPLEX_SERVER",
+            envvar=SERVER_VARIABLE,
             rich_help_panel=DATA,
         ),
     ] = None,
