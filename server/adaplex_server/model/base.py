@@ -5,7 +5,6 @@ How a linear's weight is kept (dense, NF4, GPTQ) is its own business (`model.for
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from adaplex_server.model.formats.parts import (
     read_dense,
     reading_gptq,
 )
+from adaplex_server.model.json_file import read_json_object
 from adaplex_server.model.linear import Linear
 
 Progress = Callable[[str, float], None]
@@ -156,16 +156,8 @@ def choose_format(folder: Path, config: ModelConfig, quantize: str, double_quant
 
 def _quantize_config(folder: Path) -> dict[str, Any] | None:
     """AutoGPTQ's own file, for checkpoints whose config.json says nothing."""
-    path = folder / "quantize_config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise StartupError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise StartupError(f"cannot read {path}: it holds {type(found).__name__}, not an object")
-    return {"quant_method": "gptq", **found}
+    found = read_json_object(folder / "quantize_config.json")
+    return None if found is None else {"quant_method": "gptq", **found}
 
 
 def _read_layer(

@@ -7,7 +7,6 @@ Both ways of writing the rotary settings are read: `rope_theta` and `rope_scalin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from adaplex_adapters.errors import StartupError
 from adaplex_server.model.families import FAMILIES, Family
+from adaplex_server.model.json_file import read_json_object
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -89,10 +89,10 @@ def read_config(folder: Path, name: str | None = None) -> ModelConfig:
     Raises StartupError if config.json is missing or not readable, the family is unknown, or a setting is one that the
     decoder does not have.
     """
-    raw = _read_json(folder / "config.json")
+    raw = read_json_object(folder / "config.json")
     if raw is None:
         raise StartupError(f"no config.json in {folder}: not a model folder in Hugging Face layout")
-    generation = _read_json(folder / "generation_config.json") or {}
+    generation = read_json_object(folder / "generation_config.json") or {}
     return parse_config(raw, generation, name or folder.resolve().name)
 
 
@@ -232,15 +232,3 @@ def _token_ids(*values: int | list[int] | None) -> tuple[int, ...]:
     for value in values:
         ids.update([value] if isinstance(value, int) else value or [])
     return tuple(sorted(ids))
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise StartupError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise StartupError(f"cannot read {path}: it holds {type(found).__name__}, not an object")
-    return found
