@@ -194,7 +194,10 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _check(path: Path) -> sqlite3.Connection:
     """A read-only connection to a catalogue that is ours, whole and of a known version; StartupError otherwise."""
-    advice = "It was left as it is: restore it from a backup, or move it away and load the adapters again."
+    advice = (
+        "It was left as it is: restore it from a backup, or move the whole folder that it lies in away and load the "
+        "adapters again."
+    )
     if path.stat().st_size == 0:
         raise StartupError(f"The catalogue {path.name} is damaged: it is empty. {advice}")
     # Read-only first: even closing a writable connection could change a file that is not ours.
