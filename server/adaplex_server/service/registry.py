@@ -193,8 +193,16 @@ class Registry:
         return await self._finished(self._unload(name))
 
     async def load_folders(self, folders: Mapping[str, Path]) -> None:
-        """Serve each folder under its name. One that is refused is logged, and listed as failed with the reason."""
+        """Serve each folder under its name, unless a client has put another adapter there since: that one was promised
+        to stay. A folder that is refused is logged, and listed as failed with the reason.
+        """
         for name, folder in folders.items():
+            before = self._entries.get(name)
+            if before and before.source != "folder" and name not in self._failed:
+                log.warning(
+                    "the adapter folder %a is not served: '%s' is an upload; delete it first", str(folder), name
+                )
+                continue
             try:
                 await self.load_folder(name, folder)
             except AdaplexError as error:

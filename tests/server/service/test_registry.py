@@ -300,3 +300,19 @@ async def test_a_lost_catalogue_does_not_take_the_adapters_with_it(
     assert stored(service) == kept
     away.rename(catalogue)
     assert (await running()).registry.describe("itn").state == "ready"
+
+
+async def test_an_upload_over_a_folder_of_the_settings_survives_a_restart(
+    running: Starter, adapters: tuple[Path, ...]
+) -> None:
+    service = await running()
+    await service.registry.load_folders({"itn": adapters[0]})
+    folder = service.registry.describe("itn").revision
+    uploaded = (await service.registry.upload("itn", adapters[1])).revision
+    await service.close()
+    again = await running()
+    await again.registry.load_folders({"itn": adapters[0]})
+    assert again.registry.describe("itn").revision == uploaded != folder
+    await again.registry.unload("itn")
+    await again.registry.load_folders({"itn": adapters[0]})
+    assert again.registry.describe("itn").revision == folder
