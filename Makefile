@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help serve install test check format typecheck unit test-gpu proto bench clean
+.PHONY: help serve install test check format typecheck unit test-gpu proto clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -29,7 +29,7 @@ format: $(VENV)/.dev ## Format the sources
 	$(BIN)/ruff check --fix .
 
 test-gpu: ## Tests that need an NVIDIA GPU, with the python that has torch and triton there
-	PYTHONPATH=proto:adapters:server:loadtest $(PYTHON) -m pytest tests/gpu -m gpu $(ARGS)
+	OMP_NUM_THREADS=2 PYTHONPATH=proto:adapters:server:loadtest $(PYTHON) -m pytest tests/gpu -m gpu $(ARGS)
 
 # An old generator on purpose, in an environment of its own: its stubs run with protobuf 6.31 and everything later.
 proto: ## Generate the gRPC stubs again

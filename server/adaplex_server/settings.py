@@ -48,6 +48,13 @@ class ServerSettings(BaseModel):
     served_name: Annotated[
         str | None, Field(title="Base model", description="What clients call the base; the folder's name unless given.")
     ] = None
+    chat_template: Annotated[
+        Path | None,
+        Field(
+            title="Base model",
+            description="File with a jinja chat template, for a base that has none or instead of its own.",
+        ),
+    ] = None
     quantize: Annotated[
         Literal["nf4", "none"],
         Field(

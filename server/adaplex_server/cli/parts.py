@@ -35,6 +35,7 @@ def service_settings(settings: ServerSettings, progress: Callable[[str, float], 
         adapters_dir=settings.adapters,
         startup_adapters=startup_adapters(settings),
         max_adapter_bytes=int(settings.max_upload),
+        chat_template=chat_template(settings.chat_template),
         drain_seconds=settings.drain_seconds,
         adapter_labels=settings.adapter_labels,
     )
@@ -45,6 +46,18 @@ def startup_adapters(settings: ServerSettings) -> dict[str, Path]:
     if settings.adapters is not None:
         return {p.name: p for p in sorted(settings.adapters.iterdir()) if p.is_dir() and not p.name.startswith(".")}
     return demo_adapters() if settings.base is None else {}
+
+
+def chat_template(file: Path | None) -> str | None:
+    """The template's source. Raises StartupError naming the file."""
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(
+            f"the chat template {file} cannot be read: {error}; set --chat-template", param="chat_template"
+        ) from error
 
 
 def engine_settings(settings: ServerSettings, base: Path, name: str, folder: Path) -> EngineSettings:

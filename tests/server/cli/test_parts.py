@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from adaplex_adapters.errors import StartupError
 from adaplex_server.cli.demo import demo_adapters
-from adaplex_server.cli.parts import data_folder, startup_adapters
+from adaplex_server.cli.parts import chat_template, data_folder, startup_adapters
 from adaplex_server.settings import ServerSettings
 
 
@@ -24,6 +27,15 @@ def test_the_demo_is_served_only_where_nothing_else_was_asked_for(tmp_path: Path
 
 def test_the_demo_adapters_of_the_checkout_are_found() -> None:
     assert set(demo_adapters()) == {"date-iso", "itn-en", "tsql-postgres"}
+
+
+def test_a_chat_template_is_read_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}")
+    assert chat_template(file) == "{{ messages }}"
+    assert chat_template(None) is None
+    with pytest.raises(StartupError, match="--chat-template"):
+        chat_template(tmp_path / "none.jinja")
 
 
 def test_each_base_has_a_data_folder_of_its_own(tmp_path: Path) -> None:
