@@ -222,7 +222,7 @@ class FileChunk(_message.Message):
     def __init__(self, file_name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "revision", "kind", "rank", "targets", "size_bytes", "parameters", "base_model", "source", "created", "state", "running")
+    __slots__ = ("name", "revision", "kind", "rank", "targets", "size_bytes", "parameters", "base_model", "source", "created", "state", "running", "reason")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,7 @@ class Adapter(_message.Message):
     CREATED_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     name: str
     revision: str
     kind: str
@@ -247,4 +248,5 @@ class Adapter(_message.Message):
     created: float
     state: str
     running: int
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., kind: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., parameters: _Optional[int] = ..., base_model: _Optional[str] = ..., source: _Optional[str] = ..., created: _Optional[float] = ..., state: _Optional[str] = ..., running: _Optional[int] = ...) -> None: ...
+    reason: str
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., kind: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., parameters: _Optional[int] = ..., base_model: _Optional[str] = ..., source: _Optional[str] = ..., created: _Optional[float] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...

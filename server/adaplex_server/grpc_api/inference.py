@@ -62,7 +62,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         adapters = [a.name for a in self._service.registry.list() if a.servable]
         return pb.ListModelsResponse(
             models=[
-                pb.Model(name=info.base, max_context=max_context),
+                *(pb.Model(name=name, max_context=max_context) for name in (info.base, *info.aliases)),
                 *(pb.Model(name=name, parent=info.base, max_context=max_context) for name in adapters),
             ]
         )

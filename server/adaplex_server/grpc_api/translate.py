@@ -25,6 +25,7 @@ def adapter_message(info: AdapterInfo) -> pb.Adapter:
         created=info.created,
         state=info.state,
         running=info.running,
+        reason=info.reason,
     )
 
 
