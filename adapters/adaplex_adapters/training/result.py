@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adaplex_adapters.durable import sync
+from adaplex_adapters.durable import disk_errors, sync
 from adaplex_adapters.errors import Conflict
 from adaplex_adapters.folder import TENSOR_FILE
 from adaplex_adapters.peft_config import CONFIG_FILE
@@ -25,9 +25,10 @@ def round_adapter(model: Any, dtype: torch.dtype) -> None:
             parameter.copy_(parameter.to(dtype))
 
 
+@disk_errors("Saving the trained adapter")
 def save_adapter(model: Any, out: Path, base_name: str, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the adapter of a PEFT model to `out`. A folder that has an adapter is replaced; any other is refused
-    (Conflict).
+    (Conflict). Raises StorageFailed when the disk refuses; what `out` held before is then still there.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
