@@ -53,6 +53,6 @@ if __name__ == "__main__":
         main(
             given.get(0, "127.0.0.1:50051"),
             given.get(1, "itn-en"),
-            given.get(2, "she paid twenty three dollars and five cents"),
+            given.get(2, "Write the numbers as digits: she paid twenty three dollars and five cents"),
         )
     )

@@ -9,11 +9,11 @@ import sys
 
 from openai import OpenAI
 
-# What the demo adapters were made for.
+# What the demo adapters were made for, with the instructions that they were trained with.
 QUESTIONS = {
-    "itn-en": "she paid twenty three dollars and five cents",
-    "date-iso": "Saturday, 21 November 2026",
-    "tsql-postgres": "SELECT TOP 5 name FROM users WHERE LEN(name) > 3",
+    "itn-en": "Write the numbers as digits: she paid twenty three dollars and five cents",
+    "date-iso": "Write as an ISO date: Saturday, 21 November 2026",
+    "tsql-postgres": "Translate from T-SQL to Postgres: SELECT TOP 5 name FROM users WHERE LEN(name) > 3",
 }
 
 
