@@ -40,7 +40,8 @@ def test_64_streams_over_four_models_without_an_error(server: RunningServer) -> 
 
 def test_a_client_that_hangs_up_frees_its_row_and_pages(server: RunningServer) -> None:
     with httpx.stream("POST", f"{server.http}/v1/completions", json=stream_body(), timeout=60) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: letting go of it would hang up
+        next(lines)
         server.wait_for("adaplex_requests_running", 1)
     server.wait_for("adaplex_requests_running", 0, seconds=5)
     server.wait_for("adaplex_kv_pages_used", 0, seconds=5)
