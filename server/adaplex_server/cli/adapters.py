@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from adaplex_adapters.errors import AdaplexError, InvalidRequest, Unavailable
+from adaplex_adapters.folder import KEPT_FILES
 from adaplex_server.settings import SERVER_VARIABLE
 
 app = typer.Typer(help="List, add, remove and check adapters.", no_args_is_help=True)
 Server = Annotated[str, typer.Option(help="Address of the running server.", envvar=SERVER_VARIABLE)]
 DEFAULT_SERVER = "http://127.0.0.1:8000"
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def call(server: str, method: str, path: str, **arguments: Any) -> Any:
@@ -54,10 +54,10 @@ def list_adapters(server: Server = DEFAULT_SERVER) -> None:
 @app.command("add")
 def add_adapter(name: str, folder: Path, server: Server = DEFAULT_SERVER) -> None:
     """Upload a PEFT folder and serve it under NAME; an adapter of that name is replaced without dropping a stream."""
-    missing = [file for file in FILES if not (folder / file).is_file()]
+    missing = [file for file in KEPT_FILES if not (folder / file).is_file()]
     if missing:
         raise InvalidRequest(f"{folder} holds no {' and no '.join(missing)}; give the folder that PEFT saved")
-    parts = [("files", (file, (folder / file).read_bytes())) for file in FILES]
+    parts = [("files", (file, (folder / file).read_bytes())) for file in KEPT_FILES]
     added = call(server, "POST", "/v1/adapters", data={"name": name}, files=parts)
     print(f"serving {added['name']} ({added['kind']}, rank {added['rank']}) as revision {added['revision'][:12]}")
 

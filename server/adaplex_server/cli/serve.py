@@ -10,11 +10,16 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaplex_server.cli.options import with_settings
 from adaplex_server.cli.progress import StartupProgress
 from adaplex_server.settings import ServerSettings, host_and_port, load_settings
+
+if TYPE_CHECKING:
+    from adaplex_server.grpc_api.server import GrpcServer
+    from adaplex_server.http_api.server import HttpServer
+    from adaplex_server.service.service import Service
 
 READY_POLL_SECONDS = 0.5
 
@@ -93,7 +98,9 @@ async def run_server(settings: ServerSettings) -> None:
                 await _shut_down(service, http_server, grpc_server, serving, settings.drain_seconds)
 
 
-async def _run_until_stopped(service: Any, grpc_server: Any, stopped: asyncio.Future, serving: asyncio.Task) -> None:
+async def _run_until_stopped(
+    service: Service, grpc_server: GrpcServer | None, stopped: asyncio.Future, serving: asyncio.Task
+) -> None:
     """Wait for a signal or the end of the HTTP server, keeping gRPC's health in step with the service's readiness."""
     shown = None
     while not (stopped.done() or serving.done()):
@@ -104,7 +111,9 @@ async def _run_until_stopped(service: Any, grpc_server: Any, stopped: asyncio.Fu
         await asyncio.wait({stopped, serving}, timeout=READY_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def _shut_down(service: Any, http_server: Any, grpc_server: Any, serving: asyncio.Task, grace: float) -> None:
+async def _shut_down(
+    service: Service, http_server: HttpServer, grpc_server: GrpcServer | None, serving: asyncio.Task, grace: float
+) -> None:
     """Drain: refuse new work with a retry hint, finish what runs, then close both listeners and the engine."""
     if grpc_server:
         await grpc_server.set_ready(False)
@@ -136,7 +145,7 @@ async def _stop_signal() -> AsyncIterator[asyncio.Future]:
             loop.remove_signal_handler(number)
 
 
-def _welcome(settings: ServerSettings, service: Any) -> str:
+def _welcome(settings: ServerSettings, service: Service) -> str:
     names = ", ".join(a.name for a in service.registry.list()) or "none yet"
     grpc_line = "" if settings.grpc == "off" else f"\n  gRPC      {settings.grpc}"
     return f"Serving {service.info().base}\n  adapters  {names}\n  HTTP      http://{settings.http}/v1{grpc_line}"
