@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaplex_server.kernels import gptq, nf4
-from adaplex_server.kernels.gpu.linear4 import FEW_ROWS, Packed4, dequantize4, linear4, pack
+from adaplex_server.kernels.gpu.linear4 import FEW_ROWS, Packed4, add_parts, dequantize4, linear4, pack, product
 
 Check = Callable[..., None]
 # (outputs, inputs): neither outputs nor inputs are multiples of a tile in the first; padded inputs in the second; split
@@ -62,6 +62,10 @@ def _product(packed: Packed4, dtype: torch.dtype, device: torch.device, check: C
     whole = linear4(x, packed, bias)
     check(whole, expected)
     check(linear4(x[:7], packed), expected[:7] - bias)
+    parts = product(x, packed, bias)
+    alone = parts[0] if len(parts) == 1 else add_parts(parts, bias, dtype)
+    assert torch.equal(alone, whole)
+    assert parts.dtype == (dtype if len(parts) == 1 else torch.float32)
     if dtype != torch.float32:  # on a GPU, float32 is torch's own product
         assert torch.equal(linear4(x[:1], packed, bias), whole[:1])
         assert torch.equal(linear4(x[:17], packed, bias), whole[:17])

@@ -8,11 +8,10 @@ y[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n]), where w is, rounded to the activa
 x [M, K] and y [M, N] in bfloat16 or float16, sums in float32; float32 goes through an exactly dequantized weight.
 
 Few rows (M <= FEW_ROWS): the product is taken as w @ x^T, so that the expanded weight is the tensor core's register
-operand and never passes through shared memory. K is cut in `splits` parts when N alone does not fill the machine; the
-parts' sums are added in order by a second kernel. Both the order of K and the number of parts follow from the weight's
-shape alone, so a row's result does not depend on M, bit for bit.
-Many rows: the weight is expanded into a scratch once
-and torch multiplies.
+operand and never passes through shared memory. K is cut in `splits` parts when N alone does not fill the machine;
+whoever finishes the linear adds the parts in order (`product` returns them, `linear4` their sum). Both the order of K
+and the number of parts follow from the weight's shape alone, so a row's result does not depend on M, bit for bit.
+Many rows: the weight is expanded into a scratch once and torch multiplies.
 
 Layout, made once at load: K is padded to a multiple of 8 * columns (`columns` is 32 or 16). words [K / (8 * columns),
 N, columns] int32: word c of a step covers 8 codes of one output whose k differ by multiples of `columns`; words 2c and
@@ -128,10 +127,34 @@ def _by_group(values: torch.Tensor, groups: int, dtype: torch.dtype, device: tor
 
 def linear4(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [M, K] in the weight's dtype to [M, N]."""
-    exact = x.dtype == torch.float32 and not INTERPRETED
-    if x.shape[0] == 0 or x.shape[0] > FEW_ROWS or exact:
+    if x.shape[0] > FEW_ROWS:
         return torch.nn.functional.linear(x, dequantize4(weight), bias)
+    parts = product(x, weight, bias)
+    return parts[0] if parts.shape[0] == 1 else add_parts(parts, bias, x.dtype)
+
+
+def product(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, K], M <= FEW_ROWS, to the parts [S, M, N] whose sum is the result.
+
+    S follows from the weight's shape (1 for float32 activations or no rows). S == 1: the result in x's dtype, with
+    bias. S > 1: float32 and without bias; to be added in the order of the parts, then bias, and rounded once.
+    """
+    assert x.shape[0] <= FEW_ROWS, "too many rows for the product for few rows"
+    exact = x.dtype == torch.float32 and not INTERPRETED
+    if x.shape[0] == 0 or exact:
+        return torch.nn.functional.linear(x, dequantize4(weight), bias)[None]
     return _few_rows(x.contiguous(), weight, bias)
+
+
+def add_parts(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """[S, M, N] float32 to [M, N] in dtype: added in order, then bias, rounded once."""
+    splits, m, n = parts.shape
+    y = torch.empty(m, n, dtype=dtype, device=parts.device)
+    block = 1024
+    _add_parts[(cdiv(n, block), m)](
+        parts, bias if bias is not None else y, y, n, m, SPLITS=splits, BIAS=bias is not None, BLOCK=block
+    )
+    return y
 
 
 @dataclass(frozen=True)
@@ -169,8 +192,7 @@ def _few_rows(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None) -> to
     block_m = min(128, max(16, next_power_of_2(m)))
     launch = choose_launch(weight, block_m)
     splits = launch.splits
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    sums = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if splits > 1 else y
+    parts = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     _product[(cdiv(n, launch.block_n), splits, cdiv(m, block_m))](
         x,
         weight.words,
@@ -178,7 +200,7 @@ def _few_rows(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None) -> to
         weight.zeros if weight.zeros is not None else weight.scales,
         weight.table,
         bias if bias is not None else weight.scales,
-        sums,
+        parts,
         m,
         n,
         weight.k,
@@ -197,12 +219,7 @@ def _few_rows(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None) -> to
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    if splits > 1:
-        block = 1024
-        _add_parts[(cdiv(n, block), m)](
-            sums, bias if bias is not None else y, y, n, m, SPLITS=splits, BIAS=bias is not None, BLOCK=block
-        )
-    return y
+    return parts
 
 
 def dequantize4(weight: Packed4) -> torch.Tensor:
