@@ -121,8 +121,10 @@ async def _shut_down(
     http_server.stop()
     if grpc_server:
         await grpc_server.stop(1.0)
-    await asyncio.gather(serving, return_exceptions=True)
+    await asyncio.wait({serving})
     await service.close()
+    # An HTTP server that broke down is told only now, when everything else has ended in order.
+    serving.result()
 
 
 @contextlib.asynccontextmanager

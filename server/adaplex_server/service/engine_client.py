@@ -173,9 +173,11 @@ class EngineClient:
             self._process = await launch(self._settings.engine_command, self._settings.engine, on_message, on_lost)
         except StartupError as error:
             return _Life(ready=False, healthy=False, why=error.message, refused=error.message)
+        watching = asyncio.create_task(self._watch(link, self._process))
         try:
             why = await self._process.ended()
         finally:
+            watching.cancel()
             self._on_lost(link)
             tail, self._process = self._process.tail, None
         lived = time.monotonic() - self._ready_at if self._ready_at is not None else 0.0
@@ -183,6 +185,18 @@ class EngineClient:
             log.error("the engine process ended: %s; it printed last:\n%s", why, tail or "(nothing)")
         healthy = self._ready_at is not None and lived >= self._settings.healthy_after
         return _Life(self._ready_at is not None, healthy, self._refused or why, self._refused)
+
+    async def _watch(self, link: EngineLink, process: EngineProcess) -> None:
+        """An engine that hangs (its device does not answer, somebody stopped it) is as good as dead: say so and end
+        it.
+        """
+        limit = self._settings.stall_seconds
+        while True:
+            await asyncio.sleep(min(5.0, limit / 4))
+            if link.silent > limit:
+                log.error("the engine has said nothing for %.0f s while requests wait; it is killed", link.silent)
+                process.kill()
+                return
 
     def _send(self, message: ToEngine) -> None:
         if self._process:

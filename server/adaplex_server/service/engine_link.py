@@ -52,6 +52,7 @@ class EngineLink:
         self._rows: dict[int, RowListener] = {}
         self._calls: dict[int, asyncio.Future[AdapterLoaded | AdapterDropped]] = {}
         self._lost: Unavailable | None = None
+        self._heard = time.monotonic()
         self.stats: EngineStats | None = None
 
     @property
@@ -59,11 +60,17 @@ class EngineLink:
         """Rows submitted and not yet ended, cancelled ones included."""
         return len(self._rows)
 
+    @property
+    def silent(self) -> float:
+        """Seconds for which the engine has said nothing although something is under way; 0 while nothing is."""
+        return time.monotonic() - self._heard if self._rows or self._calls else 0.0
+
     def submit(self, row: Submit, listener: RowListener) -> None:
         """Hand a row over; from now on the listener hears of it: at once of its end when the process is gone."""
         if self._lost:
             listener.on_end(_lost_end(row.row, self._lost), time.monotonic())
             return
+        self._begin()
         self._rows[row.row] = listener
         self._send(row)
 
@@ -88,6 +95,7 @@ class EngineLink:
         if self._lost:
             raise self._lost
         answer = asyncio.get_running_loop().create_future()
+        self._begin()
         self._calls[message.call] = answer
         self._send(message)
         try:
@@ -97,7 +105,7 @@ class EngineLink:
 
     def on_step(self, step: StepDone) -> None:
         """Tell every row what the step did for it. The hot path of the API process."""
-        now = time.monotonic()
+        self._heard = now = time.monotonic()
         self.stats = step.stats
         rows = self._rows
         for token in step.tokens:
@@ -111,6 +119,7 @@ class EngineLink:
 
     def on_answer(self, answer: AdapterLoaded | AdapterFailed | AdapterDropped) -> None:
         """An answer to `load` or `drop`."""
+        self._heard = time.monotonic()
         waiting = self._calls.get(answer.call)
         if waiting is None or waiting.done():
             return
@@ -118,6 +127,11 @@ class EngineLink:
             waiting.set_exception(error_named(answer.error, answer.message))
         else:
             waiting.set_result(answer)
+
+    def _begin(self) -> None:
+        """Something is about to be under way: an idle engine owed nobody a word until now."""
+        if not self._rows and not self._calls:
+            self._heard = time.monotonic()
 
     def lose(self, message: str, retry_after: float) -> None:
         """The process is gone: end everything that is under way with a retryable error. Only the first call counts."""

@@ -64,17 +64,18 @@ class EngineProcess:
             await asyncio.wait_for(self._process.wait(), SHUTDOWN_SECONDS)
         except TimeoutError:
             log.warning("the engine process %d does not end; it is killed", self.pid)
-            self._kill()
+            self.kill()
             await self._process.wait()
         except asyncio.CancelledError:
-            self._kill()
+            self.kill()
             raise
         finally:
             # What it printed last is worth a moment, but a grandchild may keep the pipe open for ever.
             await asyncio.wait({self._listening}, timeout=1.0)
             self._listening.cancel()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End it without asking; `ended` then sees to the rest."""
         if self._process.returncode is None:
             self._process.kill()
 

@@ -30,7 +30,8 @@ class ServiceSettings:
     max_inflight: rows admitted at once, None for engine.max_rows + engine.max_waiting. row_buffer: events kept for a
     reader that is slower than the model, per row, before its request is ended. drain_seconds: how long running
     requests may finish after SIGTERM. restart_first .. restart_longest: pauses before a lost engine is started again,
-    doubling; back to the first after healthy_after of health. adapter_labels: adapters that get metric series of
+    doubling; back to the first after healthy_after of health. stall_seconds: silence of an engine that has work, past
+    which it is killed and started again. adapter_labels: adapters that get metric series of
     their own, the others are "other". engine_command: what is started; the number of the inherited socket is
     appended.
     """
@@ -48,5 +49,6 @@ class ServiceSettings:
     restart_first: float = 0.5
     restart_longest: float = 30.0
     healthy_after: float = 60.0
+    stall_seconds: float = 300.0
     adapter_labels: int = 50
     engine_command: tuple[str, ...] = ENGINE_COMMAND

@@ -220,6 +220,18 @@ async def test_load_under_way_fails_with_the_engine_and_leaves_nothing(
     await service.registry.load_folder("a", adapters[0])
 
 
+async def test_hanging_engine_is_killed_and_comes_back(running: Callable[..., Awaitable[Service]]) -> None:
+    service = await running(stall_seconds=0.4)
+    await asyncio.sleep(0.6)  # idle is not hanging
+    assert service.info().restarts == 0
+    os.kill(service.info().engine.pid, signal.SIGSTOP)
+    with pytest.raises(Unavailable):
+        await answered(service, asked(service))
+    await eventually(lambda: service.info().ready)
+    assert service.info().restarts == 1
+    await answered(service, asked(service))
+
+
 async def test_crash_loop_backs_off_and_says_why(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
