@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from adaplex_server.kernels import dense
 from adaplex_server.kernels.activation import activate
 from adaplex_server.kernels.attention import AttentionRows, attention, attention_rows
-from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, add_lora, plan_lora
+from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, plan_lora
 from adaplex_server.kernels.lora_tiles import LoraTiles
 from adaplex_server.kernels.norm import add_norm
 from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
+from adaplex_server.model.adapted_linear import adapted_linear
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool
 from adaplex_server.model.base import Base, NormWeights
 from adaplex_server.model.batch import StepBatch
@@ -134,10 +135,7 @@ class Decoder:
         return self._linear(layer, "down", inner, step)
 
     def _linear(self, layer: int, linear: str, x: torch.Tensor, step: _Step) -> torch.Tensor:
-        y = self.base.layers[layer].linears[linear](x)
-        if step.lora is not None:
-            add_lora(y, x, step.lora, linear, layer)
-        return y
+        return adapted_linear(self.base.layers[layer].linears[linear], x, step.lora, linear, layer)
 
     def _norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, weights: NormWeights
