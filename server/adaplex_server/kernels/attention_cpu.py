@@ -28,12 +28,34 @@ class Piece:
     """R rows of the step with n tokens each, whose visible contexts share the width C.
 
     tokens: which of the step's, row by row. entries: [R * KV * C] int64, indices into a layer's keys as [.., D]; head
-    by head. bias: 0 or -inf, float32; [R * KV, 1, C] where n is 1, else [n, C] of the one row.
+    by head. bias: 0 or -inf, float32; [R * KV, 1, C] where n is 1, else [n, C] of the one row. distance: [R, n, C]
+    int64, of a key from the query's own position; 0 or less where it is seen.
     """
 
     tokens: slice | torch.Tensor
     entries: torch.Tensor
     bias: torch.Tensor
+    distance: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Score:
+    """What becomes of a product q . k. softcap, slopes: as in `kernels.attention`."""
+
+    scale: float
+    softcap: float | None
+    slopes: torch.Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        return self.softcap is None and self.slopes is None
+
+    def bend(self, scores: torch.Tensor, slopes: tuple[int, ...], distance: torch.Tensor) -> None:
+        """In place, scaled products to scores. slopes: the shape in which they broadcast, as distance does."""
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.slopes is not None:
+            scores.addcmul_(self.slopes.view(slopes), distance.float())
 
 
 @dataclass(frozen=True)
@@ -73,18 +95,25 @@ def plan(
 
 
 def attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pieces: Sequence[Piece], scale: float
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pieces: Sequence[Piece],
+    scale: float,
+    softcap: float | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q: [T, H, D]. Returns [T, H * D] in q's dtype."""
+    score = _Score(scale, softcap, slopes)
     if len(pieces) == 1:
-        return _attend(q, keys, values, pieces[0], scale)
+        return _attend(q, keys, values, pieces[0], score)
     out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
     for piece in pieces:
         tokens = piece.tokens
         if isinstance(tokens, slice):
-            out[tokens] = _attend(q[tokens], keys, values, piece, scale)
+            out[tokens] = _attend(q[tokens], keys, values, piece, score)
         else:
-            out.index_copy_(0, tokens, _attend(q.index_select(0, tokens), keys, values, piece, scale))
+            out.index_copy_(0, tokens, _attend(q.index_select(0, tokens), keys, values, piece, score))
     return out
 
 
@@ -122,49 +151,62 @@ def _piece(
     slots = slots.masked_fill_(positions >= written, 0)
     entries = slots.unsqueeze(1) * kv_heads + torch.arange(kv_heads).unsqueeze(1)
     own = (starts.unsqueeze(1) + torch.arange(count)).unsqueeze(2)
-    seen = positions.unsqueeze(1) <= own
+    distance = positions.unsqueeze(1) - own
+    seen = distance <= 0
     if window is not None:
-        seen &= positions.unsqueeze(1) > own - window
+        seen &= distance > -window
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
     bias = bias.repeat_interleave(kv_heads, 0) if count == 1 else bias[0]
     where = slice(spans[0].token, spans[0].token + count) if len(spans) == 1 else tokens
-    return Piece(where, entries.flatten(), bias)
+    return Piece(where, entries.flatten(), bias, distance)
 
 
-def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, piece: Piece, scale: float) -> torch.Tensor:
+def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, piece: Piece, score: _Score) -> torch.Tensor:
     """q: the piece's tokens, [.., H, D], in its order."""
     dim, kv_heads, width = q.shape[2], keys.shape[2], piece.bias.shape[-1]
     k = keys.view(-1, dim).index_select(0, piece.entries).float().view(-1, width, dim)
     v = values.view(-1, dim).index_select(0, piece.entries).float().view(-1, width, dim)
     if piece.bias.dim() == 3:
-        return _single(q, k, v, piece.bias, scale)
-    return _chunk(q, k, v, piece.bias, scale, kv_heads)
+        return _single(q, k, v, piece, score)
+    return _chunk(q, k, v, piece, score, kv_heads)
 
 
-def _single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
-    """R rows of one token each. k, v: [R * KV, C, D]; bias: [R * KV, 1, C]. Few operations: this is all of decoding."""
+def _single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: Piece, score: _Score) -> torch.Tensor:
+    """R rows of one token each. k, v: [R * KV, C, D]. Few operations: this is all of decoding."""
     rows, heads, dim = q.shape
-    products = k.shape[0]
+    products, width = k.shape[:2]
     kv_heads = products // rows
     group = heads // kv_heads
     queries = torch.zeros(products, max(group, _LEAST_ROWS), dim)
     queries.view(rows, kv_heads, -1, dim)[:, :, :group].copy_(q.view(rows, kv_heads, group, dim))
-    weights = torch.baddbmm(bias, queries, k.mT, alpha=scale).softmax(-1)
+    if score.plain:
+        scores = torch.baddbmm(piece.bias, queries, k.mT, alpha=score.scale)
+    else:
+        scores = _products(queries, k, score.scale)
+        own = scores.view(rows, kv_heads, -1, width)[:, :, :group]
+        score.bend(own, (kv_heads, group, 1), piece.distance.unsqueeze(1))
+        scores += piece.bias
     out = torch.empty(products, group, dim, dtype=q.dtype)
-    return out.copy_(torch.bmm(weights, v)[:, :group]).view(rows, heads * dim)
+    return out.copy_(torch.bmm(scores.softmax(-1), v)[:, :group]).view(rows, heads * dim)
 
 
 def _chunk(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float, kv_heads: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: Piece, score: _Score, kv_heads: int
 ) -> torch.Tensor:
-    """n tokens of one row. k, v: [KV, C, D]; bias: [n, C]."""
+    """n tokens of one row. k, v: [KV, C, D]."""
     (count, heads, dim), width = q.shape, k.shape[1]
     group = heads // kv_heads
     queries = q.float().view(count, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, count * group, dim)
     padding = max(0, _LEAST_ROWS - count * group)
     if padding:
         queries = F.pad(queries, (0, 0, 0, padding))
-    scores = torch.baddbmm(queries.new_empty(()), queries, k.mT, beta=0, alpha=scale)
-    scores[:, : count * group].view(kv_heads, count, group, width).add_(bias.unsqueeze(1))
+    scores = _products(queries, k, score.scale)
+    own = scores[:, : count * group].view(kv_heads, count, group, width)
+    score.bend(own, (kv_heads, 1, group, 1), piece.distance[0].unsqueeze(1))
+    own += piece.bias.unsqueeze(1)
     out = torch.bmm(scores.softmax(-1), v)[:, : count * group]
     return out.reshape(kv_heads, count, group, dim).transpose(0, 1).reshape(count, heads * dim).to(q.dtype)
+
+
+def _products(queries: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.baddbmm(queries.new_empty(()), queries, k.mT, beta=0, alpha=scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import pytest
@@ -19,7 +19,9 @@ _SMALL = os.environ.get("TRITON_INTERPRET") == "1"
 # chunks of a prompt.
 TOKENS = (1, 5, 1, 40, 2) if _SMALL else (1, 5, 1, 40, 2, 700, 1)
 CONTEXTS = (300, 5, 1, 70, 90) if _SMALL else (300, 5, 1, 70, 900, 1000, 2050)
-HEADS = ((4, 2, 16), (3, 1, 24)) if _SMALL else ((32, 8, 128), (9, 3, 64), (14, 2, 64), (8, 8, 80), (6, 1, 96))
+HEADS = (
+    ((4, 2, 16), (3, 1, 24)) if _SMALL else ((32, 8, 128), (9, 3, 64), (14, 2, 64), (8, 8, 80), (6, 1, 96), (8, 4, 256))
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Case:
     values: torch.Tensor
     table: torch.Tensor
     window: int | None
+    softcap: float | None = None
+    slopes: torch.Tensor | None = None
 
     def run(self, rows: Sequence[int]) -> torch.Tensor:
         """Attention over these rows alone."""
@@ -47,6 +51,8 @@ class Case:
             tuple(contexts),
             self.q.shape[2] ** -0.5,
             self.window,
+            self.softcap,
+            self.slopes,
         )
 
     def of(self, row: int) -> torch.Tensor:
@@ -65,6 +71,10 @@ class Case:
             distance = position - torch.arange(context, device=k.device)
             seen = (distance >= 0) & (distance < (self.window or context))
             scores = torch.einsum("thd,nhd->htn", self.of(row).double(), k) * self.q.shape[2] ** -0.5
+            if self.softcap is not None:
+                scores = self.softcap * torch.tanh(scores / self.softcap)
+            if self.slopes is not None:
+                scores -= self.slopes[:, None, None] * distance
             weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
             out.append(torch.einsum("htn,nhd->thd", weights, v).flatten(1))
         return torch.cat(out)
@@ -84,11 +94,20 @@ def case(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("window", "softcap", "alibi"), [(None, None, False), (20, None, False), (None, 1.5, True)])
 def test_rows_of_every_kind(
-    heads: int, kv_heads: int, dim: int, window: int | None, dtype: torch.dtype, device: torch.device, check: Check
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+    alibi: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    check: Check,
 ) -> None:
     made = case(heads, kv_heads, dim, dtype, device, window)
+    made = replace(made, softcap=softcap, slopes=torch.rand(heads, device=device) if alibi else None)
     together = made.run(range(len(TOKENS)))
     check(together, made.expected())
     for row in (0, 3, 4):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -49,15 +51,27 @@ SHAPES = {
 }
 
 
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.7, 0.3, 0.01])
+SCORES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"slopes": SLOPES},
+    "both": {"softcap": 2.0, "slopes": SLOPES},
+}
+
+
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("window", [None, 5, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_reference(shapes: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES.keys())
+def test_equals_the_reference(
+    shapes: list[tuple[int, int]], window: int | None, dtype: torch.dtype, score: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
     q, keys, values, table = make(shapes, window, dtype)
     rows = rows_of(shapes, table, window)
-    ours = attention(q, keys, values, rows, 0.3, window)
-    theirs = reference(q, keys, values, rows, 0.3, window)
+    ours = attention(q, keys, values, rows, 0.3, window, **score)
+    theirs = reference(q, keys, values, rows, 0.3, window, **score)
     assert ours.shape == (q.shape[0], HEADS * DIM) and torch.isfinite(ours).all()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
@@ -71,3 +85,28 @@ def test_takes_queries_as_a_view_of_the_fused_outputs() -> None:
     rows = rows_of(shapes, table, None)
     ours = attention(fused[:, :HEADS], keys, values, rows, 0.3, None)
     torch.testing.assert_close(ours, attention(q, keys, values, rows, 0.3, None))
+
+
+def test_scores_are_those_of_transformers() -> None:
+    """Gemma 2's soft cap, and BLOOM's ALiBi, which counts from the first key."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    torch.manual_seed(2)
+    count, scale = 150, 0.4
+    q, keys, values, table = make([(count, count)], None, torch.float32)
+    rows = rows_of([(count, count)], table, None)
+    query = q.transpose(0, 1)[None]
+    k, v = (pages[table[0].long()].flatten(0, 1)[:count].transpose(0, 1)[None] for pages in (keys, values))
+    mask = torch.full((count, count), -torch.inf).triu(1)
+    module = SimpleNamespace(num_key_value_groups=HEADS // KV, training=False)
+    shared = {"dropout": 0.0, "scaling": scale}
+    capped, _ = eager_attention_forward(module, query, k, v, mask, softcap=3.0, **shared)
+    ours = attention(q, keys, values, rows, scale, None, softcap=3.0)
+    torch.testing.assert_close(ours, capped[0].flatten(1), rtol=1e-5, atol=1e-5)
+
+    alibi = build_alibi_tensor(torch.ones(1, count), HEADS, torch.float32)
+    slopes = alibi[:, 0, 1].contiguous()
+    biased, _ = eager_attention_forward(module, query, k, v, alibi + mask, **shared)
+    ours = attention(q, keys, values, rows, scale, None, slopes=slopes)
+    torch.testing.assert_close(ours, biased[0].flatten(1), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ PAGE, DIM = 16, 32
 
 
 def outputs(
-    cuts: list[tuple[int, int]], kv_heads: int, heads: int, window: int | None, neighbours: int
+    cuts: list[tuple[int, int]], kv_heads: int, heads: int, window: int | None, neighbours: int, **score: Any
 ) -> torch.Tensor:
     """One row's outputs, computed in these chunks (begin, end), each beside `neighbours` decoding rows."""
     generator = torch.Generator().manual_seed(7)
@@ -32,7 +34,7 @@ def outputs(
             PAGE, kv_heads, heads, [window],
         )  # fmt: skip
         step = torch.cat((q[begin:end], torch.randn(neighbours, heads, DIM)))
-        found.append(attention(step, keys, values, rows, 0.2, window)[: end - begin])
+        found.append(attention(step, keys, values, rows, 0.2, window, **score)[: end - begin])
     return torch.cat(found)
 
 
@@ -58,3 +60,10 @@ def test_a_long_chunk_is_cut_without_changing_a_bit(monkeypatch: pytest.MonkeyPa
     whole = outputs([(0, 300)], 1, 4, None, 0)
     monkeypatch.setattr("adaplex_server.kernels.attention_cpu._MOST_SCORES", 4 * 256 * 16)
     assert torch.equal(whole, outputs([(0, 300)], 1, 4, None, 0))
+
+
+def test_neither_with_a_soft_cap_and_alibi() -> None:
+    score = {"softcap": 4.0, "slopes": torch.rand(9, generator=torch.Generator().manual_seed(1))}
+    whole = outputs([(0, 150)], 3, 9, None, 0, **score)
+    assert torch.equal(whole, outputs([(i, i + 1) for i in range(150)], 3, 9, None, 2, **score))
+    assert torch.equal(whole, outputs([(0, 1), (1, 129), (129, 150)], 3, 9, None, 1, **score))

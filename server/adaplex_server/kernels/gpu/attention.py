@@ -34,19 +34,21 @@ def attention(
     row_contexts: tuple[int, ...],
     scale: float,
     window: int | None,
+    softcap: float | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [T, H, D] (last dimension contiguous) to [T, H * D]. The rest as in `model.batch.StepBatch`; window: tokens
-    seen, the query's own included.
+    seen, the query's own included; softcap, slopes: as in `kernels.attention`.
     """
     tokens, heads, dim = q.shape
     out = torch.empty(tokens, heads * dim, dtype=q.dtype, device=q.device)
-    common = (q, keys, values, token_start, context_lens, page_table)
+    common = (q, keys, values, token_start, context_lens, page_table, slopes)
     decode_contexts = [context for count, context in zip(row_tokens, row_contexts, strict=True) if count == 1]
     if decode_contexts:
-        _decode(*common, out, len(row_tokens), max(decode_contexts), scale * _LOG2_E, window or 0)
+        _decode(*common, out, len(row_tokens), max(decode_contexts), scale, window or 0, softcap)
     chunks = [count for count in row_tokens if count > 1]
     if chunks:
-        _prefill(*common, out, chunks, scale * _LOG2_E, window or 0)
+        _prefill(*common, out, chunks, scale, window or 0, softcap)
     return out
 
 
@@ -67,6 +69,11 @@ def _constants(q: torch.Tensor, keys: torch.Tensor, queries: int, block: int) ->
     }
 
 
+def _factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """Of the scores before and (0: no soft cap) after the tanh; the result is for exp2."""
+    return (scale * _LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2_E)
+
+
 def _decode(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -74,11 +81,13 @@ def _decode(
     token_start: torch.Tensor,
     context_lens: torch.Tensor,
     page_table: torch.Tensor,
+    slopes: torch.Tensor | None,
     out: torch.Tensor,
     rows: int,
     longest: int,
     scale: float,
     window: int,
+    softcap: float | None,
 ) -> None:
     """Every row that has one token."""
     constants = _constants(q, keys, 1, 64)
@@ -89,9 +98,9 @@ def _decode(
     partial = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q.device)
     weight = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=q.device)
     _attend[(rows, keys.shape[2], splits)](
-        q, keys, values, token_start, context_lens, page_table, partial, weight,
-        q.stride(0), q.stride(1), page_table.stride(0), rows, splits, scale, window,
-        CHUNK=_CHUNK, DECODE=True, ROWS=1, **constants, num_warps=4, num_stages=3,
+        q, keys, values, token_start, context_lens, page_table, slopes, partial, weight,
+        q.stride(0), q.stride(1), page_table.stride(0), rows, splits, *_factors(scale, softcap), window,
+        CHUNK=_CHUNK, DECODE=True, ROWS=1, CAPPED=softcap is not None, **constants, num_warps=4, num_stages=3,
     )  # fmt: skip
     _combine[(rows, heads)](
         partial, weight, token_start, context_lens, out, splits, window,
@@ -106,10 +115,12 @@ def _prefill(
     token_start: torch.Tensor,
     context_lens: torch.Tensor,
     page_table: torch.Tensor,
+    slopes: torch.Tensor | None,
     out: torch.Tensor,
     chunks: list[int],
     scale: float,
     window: int,
+    softcap: float | None,
 ) -> None:
     """Every row that has more than one token."""
     rows = context_lens.shape[0]
@@ -118,9 +129,10 @@ def _prefill(
     constants = _constants(q, keys, queries, 64 if q.dtype != torch.float32 else 32)
     tiles = sum(cdiv(count, queries) for count in chunks)
     _attend[(tiles, keys.shape[2], 1)](
-        q, keys, values, token_start, context_lens, page_table, out, out,
-        q.stride(0), q.stride(1), page_table.stride(0), rows, 1, scale, window,
-        CHUNK=0, DECODE=False, ROWS=max(64, next_power_of_2(rows)), **constants, num_warps=8, num_stages=2,
+        q, keys, values, token_start, context_lens, page_table, slopes, out, out,
+        q.stride(0), q.stride(1), page_table.stride(0), rows, 1, *_factors(scale, softcap), window,
+        CHUNK=0, DECODE=False, ROWS=max(64, next_power_of_2(rows)), CAPPED=softcap is not None, **constants,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
 
 
@@ -136,6 +148,7 @@ def _attend(
     start_ptr,
     context_ptr,
     table_ptr,
+    slopes_ptr,
     out_ptr,
     weight_ptr,
     q_token_stride,
@@ -144,10 +157,12 @@ def _attend(
     rows,
     splits,
     scale,
+    cap,
     window,
     CHUNK: tl.constexpr,
     DECODE: tl.constexpr,
     ROWS: tl.constexpr,
+    CAPPED: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -195,6 +210,8 @@ def _attend(
         mask=live[:, None] & (d < DIM)[None, :],
         other=0.0,
     )
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + head, mask=live, other=0.0) * 1.4426950408889634
     # Keys that any query of the tile sees: [low, high).
     high = context - count + tl.minimum(skipped + QUERIES, count)
     low = tl.maximum(context - count + skipped - window + 1, 0) if window > 0 else 0
@@ -216,6 +233,10 @@ def _attend(
         at = ((page * PAGE + key % PAGE) * KV_HEADS + kv_head) * DIM
         k = tl.load(keys_ptr + at[None, :] + d[:, None], mask=inside[None, :] & (d < DIM)[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * scale
+        if CAPPED:
+            scores = cap * (1.0 - 2.0 / (tl.exp2(scores * 2.8853900817779268) + 1.0))
+        if slopes_ptr is not None:
+            scores += slopes[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
         seen = inside[None, :] & (key[None, :] <= position[:, None])
         if window > 0:
             seen = seen & (position[:, None] - key[None, :] < window)
