@@ -1,8 +1,5 @@
 """The shape of a model, read from a folder in Hugging Face layout (config.json and generation_config.json) without
-importing transformers.
-
-Both ways of writing the rotary settings are read: `rope_theta` and `rope_scaling`, and transformers 5's
-`rope_parameters`. What the decoder would have to guess is refused.
+importing transformers. What the decoder would have to guess is refused.
 """
 
 from __future__ import annotations
@@ -14,8 +11,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from adaplex_adapters.errors import StartupError
-from adaplex_server.model.families import FAMILIES, Family
+from adaplex_server.model.config_fields import ConfigFields
+from adaplex_server.model.families import FAMILIES
+from adaplex_server.model.family import Family
 from adaplex_server.model.json_file import read_json_object
+from adaplex_server.model.rope_config import RopeConfig, parse_ropes
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -31,29 +31,15 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary positions. dim: leading dimensions of a head that rotate (even; the rest pass).
-
-    kind "linear" divides every frequency by factor; "llama3" divides the low ones and blends between (Llama 3.1's
-    scaling), using low_freq_factor, high_freq_factor and original_context (tokens); these three mean nothing for the
-    other kinds.
-    """
-
-    kind: Literal["default", "linear", "llama3"]
-    theta: float
-    dim: int
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 0
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """One model's shape. family: a key of FAMILIES.
 
     max_context: positions the model was made for. windows: a layer's sliding window in tokens, the query's own
-    included, or None for full attention.
+    included, or None for full attention. rope: rotary positions; local_rope: those of layers with a window where they
+    differ.
+    attention_scale: what scores are multiplied by. attention_softcap, logit_softcap: c where scores or logits s become
+    c * tanh(s / c). embedding_scale: what embeddings are multiplied by. alibi_scale: what ALiBi's slopes are multiplied
+    by, None without ALiBi.
     biased_linears: the hot-path linears that have a bias. dtype: of the checkpoint's tensors, as it states it
     ("float32", "bfloat16", "float16").
     eos_token_ids: of config.json and generation_config.json, sorted. quantization: config.json's quantization_config
@@ -75,7 +61,13 @@ class ModelConfig:
     parallel_residual: bool
     tied_head: bool
     rope: RopeConfig
+    local_rope: RopeConfig | None
     windows: tuple[int | None, ...]
+    attention_scale: float
+    attention_softcap: float | None
+    logit_softcap: float | None
+    embedding_scale: float
+    alibi_scale: float | None
     biased_linears: frozenset[str]
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -98,36 +90,43 @@ def read_config(folder: Path, name: str | None = None) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], name: str) -> ModelConfig:
     """`read_config` on what the two files hold."""
-    family = FAMILIES.get(str(raw.get("model_type")))
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise StartupError(f"unknown model family {raw.get('model_type')!r}; known families are: {known}")
-    fields = _Fields(raw, family)
+    family = _family(raw)
+    fields = ConfigFields(raw, family)
+    hidden = fields.count("hidden_size")
     heads = fields.count("num_attention_heads")
-    head_dim = fields.count("head_dim", fields.count("hidden_size") // heads)
-    kv_heads = fields.count("num_key_value_heads", heads)
+    head_dim = fields.count("head_dim", hidden // heads)
+    kv_heads = _kv_heads(fields, heads)
     if heads % kv_heads:
         raise StartupError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
     layers = fields.count("num_hidden_layers")
+    scale = fields.number("query_pre_attn_scalar", head_dim) ** -0.5
+    alibi = fields.switch(family.alibi)
+    rope, local_rope = parse_ropes(fields, head_dim)
     quantization = raw.get("quantization_config")
     return ModelConfig(
         name=name,
-        family=family.model_type,
+        family=family.name,
         num_layers=layers,
-        hidden_size=fields.count("hidden_size"),
-        intermediate_size=fields.count("intermediate_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.count("intermediate_size", None if family.inner is None else family.inner * hidden),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=fields.count("vocab_size"),
         max_context=fields.count("max_position_embeddings"),
-        norm_eps=fields.number(family.keys.get("norm_eps", "rms_norm_eps")),
-        activation=_activation(fields.value("hidden_act")),
-        parallel_residual=bool(fields.value("use_parallel_residual", False)),
+        norm_eps=fields.number("norm_eps") if "norm_eps" in family.keys else fields.number("rms_norm_eps"),
+        activation=_activation(fields),
+        parallel_residual=fields.switch(family.parallel),
         tied_head=bool(fields.value("tie_word_embeddings")),
-        rope=_rope(fields, head_dim),
+        rope=rope,
+        local_rope=local_rope,
         windows=_windows(fields, layers),
-        biased_linears=_biased_linears(fields),
+        attention_scale=scale,
+        attention_softcap=fields.number_if_there("attn_logit_softcapping"),
+        logit_softcap=fields.number_if_there("final_logit_softcapping"),
+        embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
+        alibi_scale=(scale if family.alibi_scaled else 1.0) if alibi else None,
+        biased_linears=frozenset(linear for linear, switch in family.biases.items() if fields.switch(switch)),
         eos_token_ids=_token_ids(raw.get("eos_token_id"), generation.get("eos_token_id")),
         bos_token_id=raw.get("bos_token_id"),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
@@ -135,72 +134,47 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], name: st
     )
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """config.json with the family's defaults behind it. A null counts as left out, but for keys where null says
-    something.
-    """
-
-    raw: Mapping[str, Any]
-    family: Family
-
-    def value(self, key: str, default: Any = None) -> Any:
-        for source in (self.raw, self.family.defaults):
-            if source.get(key) is not None:
-                return source[key]
-        return default
-
-    def number(self, key: str, default: float | None = None) -> float:
-        found = self.value(key, default)
-        if isinstance(found, bool) or not isinstance(found, int | float) or found <= 0:
-            raise StartupError(f"config.json: {key} must be a positive number, not {found!r}")
-        return float(found)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        found = self.value(key, default)
-        if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
-            raise StartupError(f"config.json: {key} must be a positive integer, not {found!r}")
-        return found
-
-
-def _rope(fields: _Fields, head_dim: int) -> RopeConfig:
-    keys = fields.family.keys
-    theta_key = keys.get("rope_theta", "rope_theta")
-    part_key = keys.get("partial_rotary_factor", "partial_rotary_factor")
-    given = dict(fields.raw.get("rope_scaling") or fields.raw.get("rope_parameters") or {})
-    theta = given.get("rope_theta", fields.value(theta_key))
-    part = given.get("partial_rotary_factor", fields.value(part_key, 1.0))
-    dim = 2 * ((int(head_dim * part) + 1) // 2)
-    kind = given.get("rope_type", given.get("type", "default"))
-    try:
-        if kind == "default":
-            return RopeConfig("default", float(theta), dim)
-        if kind == "linear":
-            return RopeConfig("linear", float(theta), dim, factor=float(given["factor"]))
-        if kind == "llama3":
-            return RopeConfig(
-                "llama3",
-                float(theta),
-                dim,
-                factor=float(given["factor"]),
-                low_freq_factor=float(given["low_freq_factor"]),
-                high_freq_factor=float(given["high_freq_factor"]),
-                original_context=int(
-                    given.get("original_max_position_embeddings", fields.count("max_position_embeddings"))
-                ),
+def _family(raw: Mapping[str, Any]) -> Family:
+    """The row that a config.json is served by."""
+    model_type = str(raw.get("model_type"))
+    rows = [row for row in FAMILIES.values() if row.model_type == model_type]
+    if not rows:
+        known = ", ".join(sorted({row.model_type for row in FAMILIES.values()}))
+        raise StartupError(f"unknown model family {raw.get('model_type')!r}; known families are: {known}")
+    fitting = (row for row in rows if all(ConfigFields(raw, row).value(key) == row.when[key] for key in row.when))
+    family = next(fitting, rows[-1])
+    fields = ConfigFields(raw, family)
+    for key, served in family.required.items():
+        if fields.value(key, served) != served:
+            raise StartupError(
+                f"config.json: {key} {fields.value(key)!r} is not supported in {model_type}, {served} is"
             )
-    except (KeyError, TypeError, ValueError) as error:
-        raise StartupError(f"config.json: rotary settings of kind {kind!r} lack or misstate {error}") from error
-    raise StartupError(f"config.json: rotary scaling {kind!r} is not supported; use default, linear or llama3")
+    projected = fields.value("word_embed_proj_dim")
+    if projected not in (None, fields.value("hidden_size")):
+        raise StartupError(
+            f"config.json: embeddings projected from {projected} (word_embed_proj_dim) are not supported"
+        )
+    return family
 
 
-def _windows(fields: _Fields, layers: int) -> tuple[int | None, ...]:
+def _kv_heads(fields: ConfigFields, heads: int) -> int:
+    if fields.family.multi_query:
+        return 1
+    if fields.family.qkv_layout == "heads":
+        return heads
+    return fields.count("num_key_value_heads", heads)
+
+
+def _windows(fields: ConfigFields, layers: int) -> tuple[int | None, ...]:
     """Null switches a window off, so it must not fall back to the default."""
     window = fields.raw.get("sliding_window", fields.family.defaults.get("sliding_window"))
     switch = fields.value("use_sliding_window")
     if window is None or switch is False:
         return (None,) * layers
     kinds = fields.raw.get("layer_types")
+    if kinds is None and fields.family.window_every is not None:
+        every = fields.count("sliding_window_pattern", fields.family.window_every)
+        return tuple(int(window) if (layer + 1) % every else None for layer in range(layers))
     if kinds is None:
         # Qwen2 and Qwen3 keep the first layers whole; a family without the switch has the window everywhere.
         first = 0 if switch is None else int(fields.value("max_window_layers", 0))
@@ -211,20 +185,12 @@ def _windows(fields: _Fields, layers: int) -> tuple[int | None, ...]:
     return tuple(known[kind] for kind in kinds)
 
 
-def _biased_linears(fields: _Fields) -> frozenset[str]:
-    switches = fields.family.biases
-    return frozenset(
-        linear
-        for linear, switch in switches.items()
-        if switch is True or (isinstance(switch, str) and fields.value(switch, False))
-    )
-
-
-def _activation(name: object) -> Activation:
+def _activation(fields: ConfigFields) -> Activation:
+    name = fields.value("hidden_act")
     found = _ACTIVATIONS.get(str(name))
     if found is None:
         raise StartupError(f"config.json: hidden_act {name!r} is not supported; use one of {sorted(_ACTIVATIONS)}")
-    return found
+    return "gelu_tanh" if found == "gelu" and fields.family.gelu_is_tanh else found
 
 
 def _token_ids(*values: int | list[int] | None) -> tuple[int, ...]:
