@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -44,6 +53,21 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+}
+_GEMMA: dict[str, Any] = {**_SHAPE, "head_dim": 32, "num_key_value_heads": 2, "pad_token_id": 0}
+
+
+def _without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in _SHAPE.items() if key not in keys}
+
+
+_FALCON = _without("intermediate_size")
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama2": lambda: LlamaConfig(**_SHAPE),
@@ -70,6 +94,45 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         hidden_act="gelu_new",
         rope_parameters={"rope_type": "default", "partial_rotary_factor": 1.0, "rope_theta": 1e4},
     ),
+    "llama-yarn": lambda: LlamaConfig(**_SHAPE, rope_parameters=_YARN),
+    "gemma": lambda: GemmaConfig(**_GEMMA, hidden_act="gelu"),
+    "gemma2": lambda: Gemma2Config(
+        **_GEMMA, sliding_window=9, query_pre_attn_scalar=24, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_GEMMA,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+        },
+    ),
+    "phi3": lambda: Phi3Config(**_SHAPE, num_key_value_heads=2, sliding_window=9, pad_token_id=0),
+    "phi3-longrope": lambda: Phi3Config(
+        **_SHAPE, original_max_position_embeddings=64, rope_parameters=_LONGROPE, pad_token_id=0
+    ),
+    "phi": lambda: PhiConfig(**_SHAPE, num_key_value_heads=2),
+    "opt": lambda: OPTConfig(**_without("intermediate_size", "initializer_range"), ffn_dim=96, init_std=0.3),
+    "opt-no-biases": lambda: OPTConfig(
+        **_without("intermediate_size", "initializer_range"),
+        ffn_dim=96,
+        init_std=0.3,
+        enable_bias=False,
+        tie_word_embeddings=False,
+        activation_function="gelu",
+    ),
+    "bloom": lambda: BloomConfig(vocab_size=97, hidden_size=64, n_layer=3, n_head=4, initializer_range=0.3),
+    "bloom-6-heads": lambda: BloomConfig(vocab_size=97, hidden_size=48, n_layer=2, n_head=6, initializer_range=0.3),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=256, n_inner=96, initializer_range=0.3
+    ),
+    "falcon-multi-query": lambda: FalconConfig(**_FALCON),
+    "falcon-groups": lambda: FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2, bias=True),
+    "falcon-groups-one-norm": lambda: FalconConfig(
+        **_FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, ffn_hidden_size=96
+    ),
+    "falcon-alibi": lambda: FalconConfig(**_FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True),
 }
 
 

@@ -34,12 +34,14 @@ from adaplex_server.model.linear import Linear
 Progress = Callable[[str, float], None]
 
 # Buffers that older checkpoints carry and that follow from the config; everything else must be read.
-_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
 class NormWeights:
-    """weight, bias: [width], in the dtype of the activations; bias None where the norm has none."""
+    """weight, bias: [width]; bias None where the norm has none. In the dtype of the activations, but float32 where the
+    weight is what the family stores plus an offset, which a shorter type would round away.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -66,7 +68,8 @@ class LayerWeights:
 @dataclass(frozen=True)
 class Base:
     """embedding, head: [vocab_size, hidden_size] in the dtype of the activations; the same tensor where the head is
-    tied.
+    tied. positions: [positions, hidden_size], learned, the family's position_offset ahead. head_bias: [vocab_size].
+    positions, embedding_norm and head_bias are None where the family has none.
 
     format: "none" (dense), "nf4", "nf4-double" or "gptq".
     """
@@ -77,6 +80,9 @@ class Base:
     final_norm: NormWeights
     head: torch.Tensor
     format: str
+    positions: torch.Tensor | None = None
+    embedding_norm: NormWeights | None = None
+    head_bias: torch.Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,8 +96,13 @@ class Base:
 
     def nbytes(self) -> int:
         """Bytes of memory that stay taken for the weights, a tied head counted once."""
-        head = 0 if self.head is self.embedding else self.head.nbytes
-        return self.embedding.nbytes + head + self.final_norm.nbytes() + sum(layer.nbytes() for layer in self.layers)
+        dense = [self.embedding, self.positions, self.head_bias, None if self.head is self.embedding else self.head]
+        norms = [self.final_norm, self.embedding_norm]
+        return (
+            sum(tensor.nbytes for tensor in dense if tensor is not None)
+            + sum(norm.nbytes() for norm in norms if norm is not None)
+            + sum(layer.nbytes() for layer in self.layers)
+        )
 
 
 @torch.no_grad()
@@ -116,8 +127,8 @@ def load_base(
     name, read = choose_format(folder, config, quantize, double_quant)
     place = Place(dtype, device)
     tell = progress or (lambda text, fraction: None)
-    with Checkpoint(folder) as checkpoint:
-        family = FAMILIES[config.family]
+    family = FAMILIES[config.family]
+    with Checkpoint(folder, prefix=f"{family.embedding.partition('.')[0]}.") as checkpoint:
         table = (config.vocab_size, config.hidden_size)
         embedding = read_dense(checkpoint, Module(family.embedding, *table), place)
         layers: list[LayerWeights] = []
@@ -126,9 +137,15 @@ def load_base(
             layers.append(_read_layer(checkpoint, config, layer, read, place))
         final_norm = _read_norm(checkpoint, family.final_norm, config.hidden_size, config, place)
         head = embedding if config.tied_head else _read_head(checkpoint, Module(family.head, *table), read, place)
+        base = Base(
+            config, embedding, tuple(layers), final_norm, head, name,
+            positions=_read_positions(checkpoint, config, place),
+            embedding_norm=_read_embedding_norm(checkpoint, config, place),
+            head_bias=_read_bias(checkpoint, Module(family.head, *table), family.head_bias, place),
+        )  # fmt: skip
         _refuse_leftovers(checkpoint, config)
     tell(f"loading {config.name}", 1.0)
-    return Base(config, embedding, tuple(layers), final_norm, head, name)
+    return base
 
 
 def choose_format(folder: Path, config: ModelConfig, quantize: str, double_quant: bool) -> tuple[str, ReadWeight]:
@@ -174,7 +191,7 @@ def _read_layer(
     linears: dict[str, Linear] = {}
     for linear, targets in linear_targets(config).items():
         modules = [
-            Module(path, end - begin, targets.in_features)
+            Module(path, end - begin, targets.in_features, family.transposed)
             for path, (begin, end) in zip(module_paths(config, layer, linear), targets.spans, strict=True)
         ]
         biases = [_read_bias(checkpoint, module, linear in config.biased_linears, place) for module in modules]
@@ -183,10 +200,28 @@ def _read_layer(
 
 
 def _read_norm(checkpoint: Checkpoint, path: str, width: int, config: ModelConfig, place: Place) -> NormWeights:
-    def read(parameter: str) -> torch.Tensor:
-        return checkpoint.read(f"{path}.{parameter}", (width,)).to(place.device, place.dtype, copy=True)
+    family = FAMILIES[config.family]
 
-    return NormWeights(read("weight"), read("bias") if FAMILIES[config.family].norm == "layer" else None)
+    def read(parameter: str, dtype: torch.dtype) -> torch.Tensor:
+        return checkpoint.read(f"{path}.{parameter}", (width,)).to(place.device, dtype, copy=True)
+
+    if family.norm_offset:
+        return NormWeights(read("weight", torch.float32).add_(family.norm_offset))
+    return NormWeights(read("weight", place.dtype), read("bias", place.dtype) if family.norm == "layer" else None)
+
+
+def _read_positions(checkpoint: Checkpoint, config: ModelConfig, place: Place) -> torch.Tensor | None:
+    family = FAMILIES[config.family]
+    if family.positions is None:
+        return None
+    return read_dense(
+        checkpoint, Module(family.positions, config.max_context + family.position_offset, config.hidden_size), place
+    )
+
+
+def _read_embedding_norm(checkpoint: Checkpoint, config: ModelConfig, place: Place) -> NormWeights | None:
+    path = FAMILIES[config.family].embedding_norm
+    return None if path is None else _read_norm(checkpoint, path, config.hidden_size, config, place)
 
 
 def _read_bias(checkpoint: Checkpoint, module: Module, wanted: bool, place: Place) -> torch.Tensor | None:

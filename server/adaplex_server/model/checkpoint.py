@@ -22,12 +22,18 @@ _INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """A context manager. `read` hands out each tensor on the CPU; `unread` tells what nobody asked for."""
+    """A context manager. `read` hands out each tensor on the CPU; `unread` tells what nobody asked for.
 
-    def __init__(self, folder: Path) -> None:
+    prefix: of names in models with a head ("transformer."). The files of a bare model have none of it; their names are
+    then told, and asked for, with it.
+    """
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
         self._folder = folder
+        self._prefix = prefix
         self._files = ExitStack()
         self._of_name: dict[str, Any] = {}
+        self._added = ""
         self._read: set[str] = set()
 
     def __enter__(self) -> Checkpoint:
@@ -36,6 +42,9 @@ class Checkpoint:
             for file in self._file_names():
                 opened = self._open(self._folder / file)
                 self._of_name.update(dict.fromkeys(opened.keys(), opened))
+            if self._of_name and not any(name.startswith(self._prefix) for name in self._of_name):
+                self._added = self._prefix
+                self._of_name = {self._added + name: opened for name, opened in self._of_name.items()}
             undo.pop_all()
         return self
 
@@ -53,7 +62,7 @@ class Checkpoint:
         opened = self._of_name.get(name)
         if opened is None:
             raise StartupError(f"the checkpoint has no tensor {name}: its files do not fit its config.json")
-        found: torch.Tensor = opened.get_tensor(name)
+        found: torch.Tensor = opened.get_tensor(name.removeprefix(self._added))
         if shape is not None and tuple(found.shape) != shape:
             raise StartupError(
                 f"the checkpoint's {name} is {list(found.shape)}, but config.json makes it {list(shape)}"

@@ -5,8 +5,9 @@ steps but the last plan of the adapters.
 
     total, normed = x + delta, norm(x + delta)
     qkv    = normed -> linear (+ LoRA) -> rotary; keys and values into their pages
-    attend = attention -> linear (+ LoRA)
-    mlp    = norm(x + attend), or norm(x) with a parallel residual -> linear (+ LoRA) -> activation -> linear (+ LoRA)
+    attend = attention -> linear (+ LoRA) (-> norm)
+    mlp    = norm(x + attend), or norm(x) or attention's with a parallel residual
+             -> linear (+ LoRA) -> activation -> linear (+ LoRA) (-> norm)
 
 Arithmetic follows transformers': norms, rotary angles and softmax in float32, the residual in the dtype of the
 activations.
@@ -28,6 +29,7 @@ from adaplex_server.kernels.norm import add_norm
 from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
 from adaplex_server.model.adapted_linear import adapted_linear
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool
+from adaplex_server.model.alibi import alibi_slopes
 from adaplex_server.model.base import Base, NormWeights
 from adaplex_server.model.batch import StepBatch
 from adaplex_server.model.families import FAMILIES
@@ -37,9 +39,10 @@ from adaplex_server.model.rotary import rotary_tables
 
 @dataclass(frozen=True)
 class _Step:
-    """What the layers of one forward share."""
+    """What the layers of one forward share. local_rotation: of layers with a window."""
 
     rotation: Rotation
+    local_rotation: Rotation
     attention: AttentionRows
     lora: LoraPlan | None
     kv_slots: torch.Tensor
@@ -56,8 +59,16 @@ class Decoder:
         self.pool = pool
         self._family = FAMILIES[config.family]
         self._up = "gate_up" if self._family.gated else "up"
-        self._scale = config.head_dim**-0.5
-        self._tables = rotary_tables(config.rope, positions or config.max_context, base.device)
+        longest = positions or config.max_context
+        self._tables = rotary_tables(config.rope, longest, base.device)
+        self._local_tables = None
+        if config.local_rope is not None:
+            self._local_tables = rotary_tables(config.local_rope, longest, base.device)
+        self._slopes = None
+        if config.alibi_scale is not None:
+            self._slopes = (alibi_slopes(config.num_heads) * config.alibi_scale).to(base.device)
+        # Rounded to the dtype of the activations, as transformers does.
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=base.dtype, device=base.device)
         self._lora = None if pool is None else _LoraPlanner(pool)
 
     @torch.inference_mode()
@@ -80,7 +91,7 @@ class Decoder:
         """
         config = self.base.config
         step = self._step(batch, kv, lora)
-        x = F.embedding(batch.tokens, self.base.embedding)
+        x = self._embed(batch)
         delta: torch.Tensor | None = None
         for layer in range(config.num_layers):
             x, delta = self._layer(layer, x, delta, kv, step)
@@ -88,7 +99,19 @@ class Decoder:
             x = x.index_select(0, batch.logit_tokens)
             delta = None if delta is None else delta.index_select(0, batch.logit_tokens)
         _, normed = self._norm(x, delta, self.base.final_norm)
-        return dense.linear(normed, self.base.head, out_dtype=torch.float32)
+        logits = dense.linear(normed, self.base.head, self.base.head_bias, out_dtype=torch.float32)
+        cap = config.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _embed(self, batch: StepBatch) -> torch.Tensor:
+        """[T, hidden_size], what the first layer reads."""
+        base = self.base
+        x = F.embedding(batch.tokens, base.embedding)
+        if self._family.scaled_embedding:
+            x = x.mul_(self._embedding_scale)
+        if base.positions is not None:
+            x = x.add_(F.embedding(batch.positions + self._family.position_offset, base.positions))
+        return x if base.embedding_norm is None else self._norm(x, None, base.embedding_norm)[1]
 
     def _step(self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None) -> _Step:
         config = self.base.config
@@ -96,7 +119,10 @@ class Decoder:
             batch.token_start, batch.context_lens, batch.page_table, batch.row_tokens, batch.row_contexts,
             kv.page_size, config.num_kv_heads, config.num_heads, config.windows,
         )  # fmt: skip
-        return _Step(step_rotation(batch.positions, *self._tables, self.base.dtype), rows, lora, batch.kv_slots)
+        rotation = local = step_rotation(batch.positions, *self._tables, self.base.dtype)
+        if self._local_tables is not None:
+            local = step_rotation(batch.positions, *self._local_tables, self.base.dtype)
+        return _Step(rotation, local, rows, lora, batch.kv_slots)
 
     def _layer(
         self, layer: int, x: torch.Tensor, delta: torch.Tensor | None, kv: KvCache, step: _Step
@@ -106,23 +132,39 @@ class Decoder:
         x, normed = self._norm(x, delta, norms["attention"])
         attended = self._attend(layer, normed, kv, step)
         if self.base.config.parallel_residual:
-            _, normed = self._norm(x, None, norms["mlp"])
+            if "mlp" in norms:
+                _, normed = self._norm(x, None, norms["mlp"])
             return x, self._mlp(layer, normed, step).add_(attended)
+        if "after_attention" in norms:
+            _, attended = self._norm(attended, None, norms["after_attention"])
         x, normed = self._norm(x, attended, norms["mlp"])
-        return x, self._mlp(layer, normed, step)
+        result = self._mlp(layer, normed, step)
+        if "after_mlp" in norms:
+            _, result = self._norm(result, None, norms["after_mlp"])
+        return x, result
 
     def _attend(self, layer: int, x: torch.Tensor, kv: KvCache, step: _Step) -> torch.Tensor:
         config, norms = self.base.config, self.base.layers[layer].norms
         q, k, v = self._split(self._linear(layer, "qkv", x, step))
         q_weight, k_weight = (norms["q"].weight, norms["k"].weight) if "q" in norms else (None, None)
         keys, values = kv.keys[layer], kv.values[layer]
-        q = rotate_and_write(q, k, v, step.rotation, step.kv_slots, keys, values, q_weight, k_weight, config.norm_eps)
-        attended = attention(q, keys, values, step.attention, self._scale, config.windows[layer])
+        window = config.windows[layer]
+        rotation = step.rotation if window is None else step.local_rotation
+        q = rotate_and_write(q, k, v, rotation, step.kv_slots, keys, values, q_weight, k_weight, config.norm_eps)
+        attended = attention(
+            q, keys, values, step.attention, config.attention_scale, window,
+            softcap=config.attention_softcap, slopes=self._slopes,
+        )  # fmt: skip
         return self._linear(layer, "o", attended, step)
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views of the fused outputs: q [T, H, D], k and v [T, KV, D]."""
+        """q [T, H, D], k and v [T, KV, D] of the fused outputs; views, but for q in groups."""
         config = self.base.config
+        if self._family.qkv_layout == "groups":
+            shared = config.num_heads // config.num_kv_heads
+            grouped = qkv.view(qkv.shape[0], config.num_kv_heads, shared + 2, config.head_dim)
+            q = grouped[:, :, :shared].reshape(-1, config.num_heads, config.head_dim)
+            return q, grouped[:, :, shared], grouped[:, :, shared + 1]
         if self._family.qkv_layout == "heads":
             q, k, v = qkv.view(-1, config.num_heads, 3, config.head_dim).unbind(2)
             return q, k, v

@@ -98,6 +98,7 @@ def _falcon(name: str, **changes: Any) -> Family:
             hidden_size=("hidden_size", "n_embed"),
             num_hidden_layers=("num_hidden_layers", "n_layer"),
             num_attention_heads=("num_attention_heads", "n_head"),
+            num_key_value_heads=("num_kv_heads",),
         ),
         "defaults": frozen(
             activation="gelu",

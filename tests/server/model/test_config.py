@@ -10,6 +10,7 @@ import pytest
 
 from adaplex_adapters.errors import StartupError
 from adaplex_server.model.config import ModelConfig, parse_config, read_config
+from adaplex_server.model.families import FAMILIES
 from support.tiny_models import CONFIGS
 
 LLAMA: dict[str, Any] = {
@@ -38,13 +39,21 @@ def test_says_what_transformers_says(kind: str, tmp_path: Path) -> None:
     theirs = CONFIGS[kind]()
     theirs.save_pretrained(tmp_path)
     ours = read_config(tmp_path)
-    assert ours.name == tmp_path.name and ours.family == theirs.model_type
+    assert ours.name == tmp_path.name and FAMILIES[ours.family].model_type == theirs.model_type
     assert (ours.num_layers, ours.vocab_size) == (theirs.num_hidden_layers, theirs.vocab_size)
-    assert (ours.hidden_size, ours.intermediate_size) == (theirs.hidden_size, theirs.intermediate_size)
-    assert ours.num_kv_heads == getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
-    assert ours.max_context == theirs.max_position_embeddings and ours.tied_head == theirs.tie_word_embeddings
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.rope.dim == int(ours.head_dim * theirs.rope_parameters.get("partial_rotary_factor", 1.0))
+    assert (ours.hidden_size, ours.num_heads) == (theirs.hidden_size, theirs.num_attention_heads)
+    assert ours.max_context == getattr(theirs, "max_position_embeddings", 2048)
+    assert ours.tied_head == theirs.tie_word_embeddings
+    rope = getattr(theirs, "rope_parameters", None)
+    assert (ours.rope.kind == "none") == (rope is None or getattr(theirs, "alibi", False))
+    if ours.rope.kind != "none":
+        assert rope is not None
+        full = rope.get("full_attention", rope)
+        assert ours.rope.theta == full["rope_theta"]
+        assert ours.rope.dim == int(ours.head_dim * full.get("partial_rotary_factor", 1.0))
+        local = rope.get("sliding_attention")
+        assert (ours.local_rope is None) == (local is None)
+        assert ours.local_rope is None or (local and ours.local_rope.theta == local["rope_theta"])
     window = getattr(theirs, "sliding_window", None)
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * ours.num_layers
     assert ours.windows == tuple(window if name == "sliding_attention" else None for name in kinds)

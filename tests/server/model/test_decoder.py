@@ -21,6 +21,12 @@ from adaplex_server.model.kv_cache import KvCache
 from support.tiny_models import CONFIGS, CPU, PAGE_SIZE, allocate_kv, load_tiny, save_tiny, step
 
 LORAS = {
+    "gpt2": [(8, ["c_attn", "c_fc"]), (3, ["c_proj"])],
+    "opt": [(8, ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]), (1, ["k_proj"])],
+    "bloom": [(4, ["query_key_value", "dense"]), (16, ["dense_h_to_4h", "dense_4h_to_h"])],
+    "phi3": [(8, ["qkv_proj", "gate_up_proj"]), (9, ["o_proj", "down_proj"])],
+    "gemma3": [(8, "all-linear"), (2, ["q_proj", "up_proj"])],
+    "falcon-groups": [(8, ["query_key_value", "dense_h_to_4h"]), (2, ["dense", "dense_4h_to_h"])],
     "llama3": [(8, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]), (1, ["v_proj"])],
     "gpt_neox": [(3, ["query_key_value", "dense_4h_to_h"]), (20, ["dense", "dense_h_to_4h"])],
 }
@@ -73,6 +79,17 @@ def test_logits_equal_transformers(kind: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path, kind)
     base = load_tiny(tmp_path)
     rows = sequences([30, 1, 4, 5, 61, 17], [NO_ADAPTER] * 6, seed=1)
+    run(Decoder(base, None, positions=64), cache_for(base, rows), rows, seed=2)
+    for row in rows:
+        with torch.no_grad():
+            theirs = model(torch.tensor([row.tokens])).logits[0]
+        torch.testing.assert_close(torch.cat(row.logits), theirs, rtol=0, atol=1e-4)
+
+
+def test_longrope_beyond_its_original_context(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path, "phi3-longrope")
+    base = load_tiny(tmp_path)
+    rows = sequences([200, 70], [NO_ADAPTER] * 2, seed=1)
     run(Decoder(base, None), cache_for(base, rows), rows, seed=2)
     for row in rows:
         with torch.no_grad():

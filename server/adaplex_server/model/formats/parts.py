@@ -20,11 +20,14 @@ from adaplex_server.model.linear import Linear
 
 @dataclass(frozen=True)
 class Module:
-    """A linear as the checkpoint has it: its parameters are PATH.weight [out_features, in_features] and PATH.bias."""
+    """A linear as the checkpoint has it: its parameters are PATH.weight [out_features, in_features], transposed where
+    the family stores dense weights so, and PATH.bias.
+    """
 
     path: str
     out_features: int
     in_features: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,22 @@ ReadWeight = Callable[[Checkpoint, Module, Place], Weight]
 
 def read_dense(checkpoint: Checkpoint, module: Module, place: Place) -> torch.Tensor:
     """The weight in the place's dtype, in memory of its own (a checkpoint's tensors are mapped files)."""
-    found = checkpoint.read(f"{module.path}.weight", (module.out_features, module.in_features))
-    return found.to(place.device, place.dtype, copy=True)
+    return _stored(checkpoint, module).to(place.device, place.dtype, copy=True).contiguous()
+
+
+def _stored(checkpoint: Checkpoint, module: Module) -> torch.Tensor:
+    """The weight [out_features, in_features] in the dtype of the file."""
+    name = f"{module.path}.weight"
+    if module.transposed:
+        return checkpoint.read(name, (module.in_features, module.out_features)).t()
+    return checkpoint.read(name, (module.out_features, module.in_features))
 
 
 def quantizing(double_quant: bool) -> ReadWeight:
     """Quantize a dense checkpoint to NF4 in flight, from the values that the file has."""
 
     def read(checkpoint: Checkpoint, module: Module, place: Place) -> nf4.Nf4Weight:
-        found = checkpoint.read(f"{module.path}.weight", (module.out_features, module.in_features))
-        return nf4.quantize(found.to(place.device), double_quant=double_quant)
+        return nf4.quantize(_stored(checkpoint, module).to(place.device), double_quant=double_quant)
 
     return read
 
