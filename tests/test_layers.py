@@ -23,7 +23,7 @@ SERVER_LAYERS = {
     "bench": 6,
 }
 # Nouns that every layer of the server may use.
-SHARED = {"vocabulary"}
+SHARED = {"caller", "tls", "vocabulary"}
 
 Edge = tuple[Path, str]
 

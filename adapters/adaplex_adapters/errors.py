@@ -5,11 +5,14 @@
     │   ├── PromptTooLong              400   INVALID_ARGUMENT
     │   ├── RequestTooLarge            413   INVALID_ARGUMENT
     │   └── InvalidAdapter             400   INVALID_ARGUMENT     the files of an adapter are refused
+    ├── AuthenticationFailed           401   UNAUTHENTICATED
+    ├── PermissionDenied               403   PERMISSION_DENIED
     ├── NotFound                       404   NOT_FOUND
     │   ├── ModelNotFound              404   NOT_FOUND
     │   └── MethodNotAllowed           405   NOT_FOUND            HTTP alone
     ├── Conflict                       409   FAILED_PRECONDITION
     ├── Overloaded                     429   RESOURCE_EXHAUSTED   with a retry hint
+    │   └── RateLimited                429   RESOURCE_EXHAUSTED   a key's or an adapter's allowance is used
     ├── Unavailable                    503   UNAVAILABLE          retryable: engine restarting, draining
     ├── DeadlineExceeded               504   DEADLINE_EXCEEDED
     ├── Cancelled                      499   CANCELLED            the client went away
@@ -80,6 +83,18 @@ class InvalidAdapter(InvalidRequest):
         self.problems = problems or (message,)
 
 
+class AuthenticationFailed(AdaplexError):
+    """No API key, or one that is not known, revoked or expired."""
+
+    status, grpc_code, type, code = 401, "UNAUTHENTICATED", "invalid_request_error", "invalid_api_key"
+
+
+class PermissionDenied(AdaplexError):
+    """The API key is good, but not for this."""
+
+    status, grpc_code, type, code = 403, "PERMISSION_DENIED", "invalid_request_error", "permission_denied"
+
+
 class NotFound(AdaplexError):
     """Nothing of that name is here."""
 
@@ -108,6 +123,12 @@ class Overloaded(AdaplexError):
     """A bounded queue is full; nothing was started."""
 
     status, grpc_code, type, code = 429, "RESOURCE_EXHAUSTED", "rate_limit_error", "overloaded"
+
+
+class RateLimited(Overloaded):
+    """The allowance of an API key or an adapter is used up; retry_after says when it will not be."""
+
+    code = "rate_limit_exceeded"
 
 
 class Unavailable(AdaplexError):

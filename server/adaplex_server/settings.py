@@ -109,6 +109,23 @@ class ServerSettings(BaseModel):
         "127.0.0.1:50051"
     )
 
+    tls_cert: Annotated[
+        Path | None,
+        Field(title="Listening", description="PEM file with the certificate chain; HTTP and gRPC are then TLS alone."),
+    ] = None
+    tls_key: Annotated[Path | None, Field(title="Listening", description="PEM file with the certificate's key.")] = None
+
+    adapter_requests_per_minute: Annotated[
+        int | None, Field(title="Access", ge=1, description="Requests a minute of each adapter, over all callers.")
+    ] = None
+    adapter_tokens_per_minute: Annotated[
+        int | None,
+        Field(title="Access", ge=1, description="Tokens a minute of each adapter, prompts and answers together."),
+    ] = None
+    adapter_streams: Annotated[
+        int | None, Field(title="Access", ge=1, description="Requests of each adapter under way at once.")
+    ] = None
+
     max_rows: Annotated[int, Field(title="Limits", ge=1, le=1024, description="Rows of one step at most.")] = 64
     max_waiting: Annotated[
         int, Field(title="Limits", ge=1, description="Requests that may wait; past it clients get 429.")

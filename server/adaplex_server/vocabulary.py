@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from adaplex_server.caller import ANYONE, Caller
+
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 
@@ -49,7 +51,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: the name as the client gave it (the base or an adapter). prompt: token ids, already templated. n: independent
     answers (choice i samples with seed + i). stop: strings that end the text and are never emitted (unless
     include_stop). deadline: seconds from now until the request is worthless, None for no limit. request_id: appears in
-    logs and answers.
+    logs and answers. caller: who asks, for their scope and allowance.
     """
 
     request_id: str
@@ -61,6 +63,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_stop: bool = False
     deadline: float | None = None
     priority: int = 0
+    caller: Caller = ANYONE
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

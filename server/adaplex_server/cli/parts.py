@@ -7,8 +7,10 @@ from pathlib import Path
 
 from adaplex_adapters.errors import StartupError
 from adaplex_server.bases.locate import locate_base
+from adaplex_server.caller import Limits
 from adaplex_server.cli.demo import demo_adapters
 from adaplex_server.engine.settings import EngineSettings
+from adaplex_server.service.access.key_store import KeyStore
 from adaplex_server.service.settings import ServiceSettings
 from adaplex_server.settings import ServerSettings
 
@@ -16,6 +18,11 @@ from adaplex_server.settings import ServerSettings
 def data_folder(settings: ServerSettings, base_name: str) -> Path:
     """Adapters of one base never show up under another: each base has its own folder in the data folder."""
     return settings.data_dir / base_name
+
+
+def key_file(data_dir: Path) -> Path:
+    """Where the API keys are: one file for all bases of a data folder."""
+    return data_dir / "keys.sqlite3"
 
 
 def service_settings(settings: ServerSettings, progress: Callable[[str, float], None]) -> ServiceSettings:
@@ -38,6 +45,10 @@ def service_settings(settings: ServerSettings, progress: Callable[[str, float], 
         chat_template=chat_template(settings.chat_template),
         drain_seconds=settings.drain_seconds,
         adapter_labels=settings.adapter_labels,
+        keys=KeyStore(key_file(settings.data_dir)),
+        adapter_limits=Limits(
+            settings.adapter_requests_per_minute, settings.adapter_tokens_per_minute, settings.adapter_streams
+        ),
     )
 
 

@@ -72,15 +72,17 @@ async def run_server(settings: ServerSettings) -> None:
     from adaplex_server.http_api.server import HttpServer, bind
     from adaplex_server.http_api.settings import HttpSettings
     from adaplex_server.service.service import Service
+    from adaplex_server.tls import read_certificate
 
+    tls = read_certificate(settings.tls_cert, settings.tls_key)
     http_socket = bind(*host_and_port(settings.http, "http"))
     with StartupProgress() as progress, contextlib.closing(http_socket):
         built = service_settings(settings, progress.report)
         service = Service(built, progress.report)
         grpc_server = None
         if settings.grpc != "off":
-            grpc_server = GrpcServer(service, *host_and_port(settings.grpc, "grpc"), settings.max_upload)
-        http_settings = HttpSettings(max_upload_bytes=settings.max_upload, drain=settings.drain_seconds)
+            grpc_server = GrpcServer(service, *host_and_port(settings.grpc, "grpc"), settings.max_upload, tls)
+        http_settings = HttpSettings(max_upload_bytes=settings.max_upload, drain=settings.drain_seconds, tls=tls)
         http_server = HttpServer(service, http_socket, http_settings)
         async with _stop_signal() as stopped:
             serving = asyncio.create_task(http_server.run())
@@ -149,5 +151,6 @@ async def _stop_signal() -> AsyncIterator[asyncio.Future]:
 
 def _welcome(settings: ServerSettings, service: Service) -> str:
     names = ", ".join(a.name for a in service.registry.list()) or "none yet"
+    scheme = "http" if settings.tls_cert is None else "https"
     grpc_line = "" if settings.grpc == "off" else f"\n  gRPC      {settings.grpc}"
-    return f"Serving {service.info().base}\n  adapters  {names}\n  HTTP      http://{settings.http}/v1{grpc_line}"
+    return f"Serving {service.info().base}\n  adapters  {names}\n  HTTP      {scheme}://{settings.http}/v1{grpc_line}"

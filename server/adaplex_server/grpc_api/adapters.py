@@ -11,6 +11,7 @@ from adaplex_adapters.errors import InvalidRequest
 from adaplex_adapters.names import check_name
 from adaplex_proto.v1 import adaplex_pb2 as pb
 from adaplex_proto.v1 import adaplex_pb2_grpc as pb_grpc
+from adaplex_server.grpc_api.access import caller_of
 from adaplex_server.grpc_api.errors import unary
 from adaplex_server.grpc_api.translate import adapter_message
 from adaplex_server.service.service import Service
@@ -21,15 +22,20 @@ class AdaptersServicer(pb_grpc.AdaptersServicer):
     """Owns nothing; every rule is the registry's. max_upload: bytes of one adapter at most."""
 
     def __init__(self, service: Service, max_upload: int) -> None:
+        self._gate = service.gate
         self._registry = service.registry
         self._max_upload = max_upload
 
     @unary
     async def List(self, request: pb.ListAdaptersRequest, context: grpc.aio.ServicerContext) -> pb.ListAdaptersResponse:
-        return pb.ListAdaptersResponse(adapters=[adapter_message(info) for info in self._registry.list()])
+        caller = caller_of(context, self._gate)
+        return pb.ListAdaptersResponse(
+            adapters=[adapter_message(info) for info in self._registry.list() if caller.may_name(info.name)]
+        )
 
     @unary
     async def Describe(self, request: pb.DescribeAdapterRequest, context: grpc.aio.ServicerContext) -> pb.Adapter:
+        self._gate.check_name(caller_of(context, self._gate), request.name)
         return adapter_message(self._registry.describe(request.name))
 
     @unary
@@ -39,12 +45,14 @@ class AdaptersServicer(pb_grpc.AdaptersServicer):
         """Answered when the adapter is durable and proved."""
         with self._registry.staging() as staging, closing(StagedFiles(staging, self._max_upload)) as files:
             name = await _receive(requests, files)
+            self._gate.check_name(caller_of(context, self._gate), name)
             return adapter_message(await self._registry.upload(name, await files.complete()))
 
     @unary
     async def Unload(
         self, request: pb.UnloadAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.UnloadAdapterResponse:
+        self._gate.check_name(caller_of(context, self._gate), request.name)
         await self._registry.unload(request.name)
         return pb.UnloadAdapterResponse()
 

@@ -10,6 +10,7 @@ import grpc
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_proto.v1 import adaplex_pb2 as pb
 from adaplex_proto.v1 import adaplex_pb2_grpc as pb_grpc
+from adaplex_server.grpc_api.access import caller_of
 from adaplex_server.grpc_api.errors import streaming, unary
 from adaplex_server.grpc_api.translate import event_message
 from adaplex_server.service.limits import SamplingRequest
@@ -48,6 +49,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             sampling=sampling_request(request),
             request_id=request.request_id or None,
             deadline=context.time_remaining(),
+            caller=caller_of(context, self._service.gate),
         )
         async with aclosing(self._service.generate(wanted)) as events:
             async for event in events:
@@ -59,10 +61,12 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     ) -> pb.ListModelsResponse:
         info = self._service.info()
         max_context = info.engine.max_context if info.engine else 0
-        adapters = [a.name for a in self._service.registry.list() if a.servable]
+        caller = caller_of(context, self._service.gate)
+        bases = [name for name in (info.base, *info.aliases) if caller.may_name(name)]
+        adapters = [a.name for a in self._service.registry.list() if a.servable and caller.may_name(a.name)]
         return pb.ListModelsResponse(
             models=[
-                *(pb.Model(name=name, max_context=max_context) for name in (info.base, *info.aliases)),
+                *(pb.Model(name=name, max_context=max_context) for name in bases),
                 *(pb.Model(name=name, parent=info.base, max_context=max_context) for name in adapters),
             ]
         )

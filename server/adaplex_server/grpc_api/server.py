@@ -9,9 +9,11 @@ from grpc_reflection.v1alpha import reflection
 from adaplex_adapters.errors import StartupError
 from adaplex_proto.v1 import adaplex_pb2 as pb
 from adaplex_proto.v1 import adaplex_pb2_grpc as pb_grpc
+from adaplex_server.grpc_api.access import GateInterceptor
 from adaplex_server.grpc_api.adapters import AdaptersServicer
 from adaplex_server.grpc_api.inference import InferenceServicer
 from adaplex_server.service.service import Service
+from adaplex_server.tls import Certificate
 
 SERVICES = tuple(pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Inference", "Adapters"))
 MAX_MESSAGE_BYTES = 16 << 20
@@ -29,19 +31,22 @@ OPTIONS = (
 class GrpcServer:
     """Owns the listening port and the health states. Made bound (StartupError when the port is taken), then started."""
 
-    def __init__(self, service: Service, host: str, port: int, max_upload: int) -> None:
-        self._server = grpc.aio.server(options=OPTIONS)
+    def __init__(self, service: Service, host: str, port: int, max_upload: int, tls: Certificate | None = None) -> None:
+        self._server = grpc.aio.server(options=OPTIONS, interceptors=(GateInterceptor(service.gate),))
         pb_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
         pb_grpc.add_AdaptersServicer_to_server(AdaptersServicer(service, max_upload), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        self.port = self._bind(host, port)
+        self.port = self._bind(host, port, tls)
 
-    def _bind(self, host: str, port: int) -> int:
+    def _bind(self, host: str, port: int, tls: Certificate | None) -> int:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            return self._server.add_insecure_port(address)
+            if tls is None:
+                return self._server.add_insecure_port(address)
+            pair = (tls.key.read_bytes(), tls.chain.read_bytes())
+            return self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         except RuntimeError as error:
             raise StartupError(
                 f"the gRPC address {address} cannot be bound: it is in use or not ours; set --grpc"

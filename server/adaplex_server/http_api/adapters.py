@@ -79,11 +79,14 @@ class Adapters:
 
     async def list_all(self, request: Request) -> Response:
         """All of them, those that cannot be served now included."""
-        return json_response(AdapterList([_told(one) for one in self._service.registry.list()]))
+        caller = context_of(request.scope).caller
+        return json_response(
+            AdapterList([_told(one) for one in self._service.registry.list() if caller.may_name(one.name)])
+        )
 
     async def describe(self, request: Request) -> Response:
         """One of them."""
-        return json_response(_told(self._service.registry.describe(request.path_params["name"])))
+        return json_response(_told(self._service.registry.describe(self._name(request))))
 
     async def upload(self, request: Request) -> Response:
         """Answered when the adapter is proved and durable. Once all bytes are here, the client may leave."""
@@ -92,6 +95,7 @@ class Adapters:
             received = await receive_upload(request, staging, self._settings)
             context_of(request.scope).model = received.name
             check_name(received.name)
+            self._service.gate.check_name(context_of(request.scope).caller, received.name)
             info = await registry.upload(received.name, received.folder)
         response = json_response(_told(info), 201)
         response.headers["Location"] = f"/v1/adapters/{info.name}"
@@ -99,9 +103,15 @@ class Adapters:
 
     async def delete(self, request: Request) -> Response:
         """Answered when no later request can reach it and nothing of it would come back after a restart."""
-        name = request.path_params["name"]
+        name = self._name(request)
         await self._service.registry.unload(name)
         return json_response(AdapterDeleted(name))
+
+    def _name(self, request: Request) -> str:
+        """Whom the path names, if the caller's key covers it."""
+        name: str = request.path_params["name"]
+        self._service.gate.check_name(context_of(request.scope).caller, name)
+        return name
 
 
 def _told(info: AdapterInfo) -> Adapter:

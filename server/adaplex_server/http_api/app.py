@@ -25,8 +25,8 @@ def create_app(service: Service, settings: HttpSettings | None = None) -> Starle
     """The ASGI application. It may serve before `service.start()` is over: /health and /ready tell how far it is."""
     operations = all_operations(service, settings or HttpSettings())
     return Starlette(
-        routes=routes(operations),
-        middleware=[Middleware(Envelope)],
+        routes=routes(operations, service.gate),
+        middleware=[Middleware(Envelope, gate=service.gate)],
         exception_handlers={AdaplexError: answer_adaplex_error, HTTPException: answer_routing_error},
     )
 

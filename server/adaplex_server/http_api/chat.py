@@ -16,7 +16,7 @@ from starlette.responses import Response
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.http_api.body import read_model
 from adaplex_server.http_api.choices import Choice, finish_reason, gather, merged, usage
-from adaplex_server.http_api.context import context_of
+from adaplex_server.http_api.context import RequestContext, context_of
 from adaplex_server.http_api.disconnect import while_connected
 from adaplex_server.http_api.event_stream import DONE, event, open_stream
 from adaplex_server.http_api.operation import Operation, json_response
@@ -64,19 +64,20 @@ class ChatCompletions:
         body = await read_model(request, ChatCompletionRequest, limits.max_body_bytes, limits.body_idle)
         context = context_of(request.scope)
         context.model = body.model
-        asked = await self._request(body, context.request_id)
+        asked = await self._request(body, context)
         if body.stream:
             return await open_stream(request, self._chunks(body, asked), limits)
         return json_response(await while_connected(request.receive, self._whole(body, asked)))
 
-    async def _request(self, body: ChatCompletionRequest, request_id: str) -> GenerateRequest:
+    async def _request(self, body: ChatCompletionRequest, context: RequestContext) -> GenerateRequest:
         try:
             prompt = await self._service.chat([message.templated() for message in body.messages])
             return self._service.request(
                 model=body.model,
                 prompt=prompt,
                 sampling=body.sampling(max_tokens=body.answer_tokens, logprobs=body.alternatives),
-                request_id=request_id,
+                request_id=context.request_id,
+                caller=context.caller,
             )
         except InvalidRequest as error:
             if error.param == "prompt":  # the service's word for it

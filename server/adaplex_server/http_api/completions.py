@@ -18,7 +18,7 @@ from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.http_api.body import read_model
 from adaplex_server.http_api.choices import Choice, Event, finish_reason, gather, merged, usage
 from adaplex_server.http_api.completion_choice import ChoiceWriter
-from adaplex_server.http_api.context import context_of
+from adaplex_server.http_api.context import RequestContext, context_of
 from adaplex_server.http_api.disconnect import while_connected
 from adaplex_server.http_api.event_stream import DONE, event, open_stream
 from adaplex_server.http_api.operation import Operation, json_response
@@ -67,12 +67,12 @@ class Completions:
         body = await read_model(request, CompletionRequest, limits.max_body_bytes, limits.body_idle)
         context = context_of(request.scope)
         context.model = body.model
-        asked = await self._requests(body, context.request_id)
+        asked = await self._requests(body, context)
         if body.stream:
             return await open_stream(request, self._chunks(body, asked), limits)
         return json_response(await while_connected(request.receive, self._whole(body, asked)))
 
-    async def _requests(self, body: CompletionRequest, request_id: str) -> list[_Asked]:
+    async def _requests(self, body: CompletionRequest, context: RequestContext) -> list[_Asked]:
         """Every prompt is checked before the first one starts."""
         prompts = body.prompt
         if len(prompts) > self._settings.max_prompts:
@@ -94,7 +94,8 @@ class Completions:
                 prompt=ids,
                 sampling=wishes,
                 default_max_tokens=DEFAULT_MAX_TOKENS,
-                request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
+                request_id=context.request_id if len(prompts) == 1 else f"{context.request_id}-{i}",
+                caller=context.caller,
             )
             asked.append(_Asked(made, prompt))
         return asked

@@ -106,4 +106,6 @@ def uvicorn_options(settings: HttpSettings) -> dict[str, Any]:
         "server_header": False,
         "proxy_headers": False,
         "timeout_keep_alive": settings.keep_alive,
+        "ssl_certfile": settings.tls and settings.tls.chain,
+        "ssl_keyfile": settings.tls and settings.tls.key,
     }

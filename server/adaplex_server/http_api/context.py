@@ -9,18 +9,23 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from adaplex_server.caller import ANYONE, Caller
+
 _KEY = "adaplex.request"
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 @dataclass
 class RequestContext:
-    """Owned by the envelope, which made it; routes may only name the `model` and the `outcome` for the log."""
+    """Owned by the envelope, which made it; the router fills in who asks (`caller`), and routes may only name the
+    `model` and the `outcome` for the log.
+    """
 
     request_id: str
     started: float = field(default_factory=time.monotonic)
     model: str | None = None
     outcome: str | None = None
+    caller: Caller = ANYONE
 
 
 def open_context(scope: Scope) -> RequestContext:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adaplex_adapters.errors import InternalError
 from adaplex_server.http_api.context import RequestContext, open_context
 from adaplex_server.http_api.errors import error_response
+from adaplex_server.service.access.gate import Gate
 
 _ACCESS = logging.getLogger("adaplex.access")
 _LOG = logging.getLogger(__name__)
@@ -19,8 +20,9 @@ _LOG = logging.getLogger(__name__)
 class Envelope:
     """Pure ASGI: nothing is buffered, so that a stream passes through untouched."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self._app = app
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; errors never pass this point."""
@@ -34,7 +36,9 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", context.request_id.encode())]
+                left = self._gate.headers(context.caller)
+                stamps = ((b"x-request-id", context.request_id), *((k.encode(), v) for k, v in left.items()))
+                message["headers"] = [*message["headers"], *((name, value.encode()) for name, value in stamps)]
             await send(message)
 
         try:
@@ -62,6 +66,7 @@ def _write_access_line(scope: Scope, context: RequestContext, status: int) -> No
         "ms": round((time.monotonic() - context.started) * 1000, 1),
         "request_id": context.request_id,
         "client": client[0] if client else None,
+        "key": context.caller.key,
         "model": context.model[:100] if context.model else None,
         "outcome": context.outcome,
     }

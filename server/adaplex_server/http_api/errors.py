@@ -43,6 +43,8 @@ def error_response(error: AdaplexError, headers: Mapping[str, str] | None = None
         retry_after = 1.0
     if retry_after is not None:
         out["Retry-After"] = str(max(1, math.ceil(retry_after)))
+    if error.status == 401:
+        out["WWW-Authenticate"] = "Bearer"
     return Response(error_bytes(error), status_code=error.status, headers=out, media_type="application/json")
 
 

@@ -7,6 +7,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.http_api.body import read_model
+from adaplex_server.http_api.context import context_of
 from adaplex_server.http_api.operation import Operation
 from adaplex_server.http_api.schemas.inventory import LoadLoraRequest, UnloadLoraRequest
 from adaplex_server.http_api.settings import HttpSettings
@@ -48,6 +49,7 @@ class LegacyLora:
         limits = self._settings
         body = await read_model(request, LoadLoraRequest, limits.max_body_bytes, limits.body_idle)
         name, registry, info = body.lora_name, self._service.registry, self._service.info()
+        self._service.gate.check_name(context_of(request.scope).caller, name)
         if body.base_model_name not in (None, info.base, *info.aliases):
             raise InvalidRequest(
                 f"base_model_name is '{body.base_model_name[:100]}', but this server's base is '{info.base}'.",  # type: ignore[index]
@@ -65,5 +67,6 @@ class LegacyLora:
         """Answered once no later request can reach it."""
         limits = self._settings
         body = await read_model(request, UnloadLoraRequest, limits.max_body_bytes, limits.body_idle)
+        self._service.gate.check_name(context_of(request.scope).caller, body.lora_name)
         await self._service.registry.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -12,6 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from adaplex_server.http_api.context import context_of
+from adaplex_server.service.access.gate import Gate
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -39,18 +42,20 @@ def json_response(answer: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(answer), status_code=status, media_type="application/json")
 
 
-def routes(operations: Sequence[Operation]) -> list[Route]:
-    """One route a path, so that 405 lists every method that it has."""
+def routes(operations: Sequence[Operation], gate: Gate) -> list[Route]:
+    """One route a path, so that 405 lists every method that it has. Nothing is served that the gate does not allow."""
     paths: dict[str, dict[str, Handler]] = {}
     for one in operations:
         methods = paths.setdefault(one.path, {})
         assert one.method not in methods, f"{one.method} {one.path} is there twice"
         methods[one.method] = one.handler
-    return [Route(path, _by_method(handlers), methods=list(handlers)) for path, handlers in paths.items()]
+    return [Route(path, _by_method(path, handlers, gate), methods=list(handlers)) for path, handlers in paths.items()]
 
 
-def _by_method(handlers: dict[str, Handler]) -> Handler:
+def _by_method(path: str, handlers: dict[str, Handler], gate: Gate) -> Handler:
     async def endpoint(request: Request) -> Response:
-        return await handlers["GET" if request.method == "HEAD" else request.method](request)
+        method = "GET" if request.method == "HEAD" else request.method
+        context_of(request.scope).caller = gate.allow(f"{method} {path}", request.headers.get("authorization"))
+        return await handlers[method](request)
 
     return endpoint

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adaplex_server.tls import Certificate
+
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
@@ -15,7 +17,7 @@ class HttpSettings:
     status; after that a stream is opened and errors are told inside it. ping: between comment lines on a stream.
     stall: a reader that stays behind for this long is dropped. body_idle: a body that stops arriving for this long is
     refused. header: for a request's head to arrive. keep_alive: an idle connection. drain: for running answers after
-    `stop`.
+    `stop`. tls: answer by HTTPS alone.
     """
 
     max_body_bytes: int = 8 << 20
@@ -30,3 +32,4 @@ class HttpSettings:
     header: float = 30.0
     keep_alive: int = 75
     drain: float = 30.0
+    tls: Certificate | None = None

@@ -14,6 +14,7 @@ import msgspec
 
 from adaplex_adapters.errors import AdaplexError, Cancelled, DeadlineExceeded, InternalError, Overloaded, error_named
 from adaplex_server.engine.messages import RowEnd, RowToken, Submit
+from adaplex_server.service.access.rates import Lease
 from adaplex_server.service.choice import Choice
 from adaplex_server.service.engine_link import EngineLink
 from adaplex_server.service.limits import SEED_SPACE
@@ -44,6 +45,7 @@ class _Row:
     def on_token(self, token: RowToken, now: float) -> None:
         series = self._series
         series.generated_tokens += 1
+        self._answer.lease.used(1)
         if self._last:
             series.between_tokens.observe(now - self._last)
         else:
@@ -59,13 +61,20 @@ class _Row:
 class Answer:
     """The way of one request from its submission to its last choice's end.
 
-    row_buffer: events kept for a slow reader, per choice.
+    lease: of the caller's allowance, charged with every token. row_buffer: events kept for a slow reader, per choice.
     """
 
     def __init__(
-        self, request: GenerateRequest, link: EngineLink, text: TextCodec, series: Series, row_buffer: int
+        self,
+        request: GenerateRequest,
+        link: EngineLink,
+        text: TextCodec,
+        series: Series,
+        lease: Lease,
+        row_buffer: int,
     ) -> None:
         self.request = request
+        self.lease = lease
         self.series = series
         self.began = time.monotonic()
         self._link = link

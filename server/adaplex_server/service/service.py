@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from adaplex_adapters.errors import AdaplexError, InvalidRequest, Overloaded, Unavailable
+from adaplex_server.caller import ANYONE, Caller
 from adaplex_server.engine.messages import EngineInfo, EngineStats
+from adaplex_server.service.access.gate import Gate
 from adaplex_server.service.answer import Answer
 from adaplex_server.service.engine_client import EngineClient
 from adaplex_server.service.limits import MAX_CHOICES, SamplingRequest, build_sampling
@@ -41,6 +43,7 @@ class Service:
         self.settings = settings
         self._engine = EngineClient(settings, progress)
         self.registry = Registry(settings, self._engine)
+        self.gate = Gate(settings.keys, settings.adapter_limits)
         self.metrics = Metrics(
             settings.engine.base_name,
             settings.adapter_labels,
@@ -139,12 +142,14 @@ class Service:
         default_max_tokens: int | None = None,
         request_id: str | None = None,
         deadline: float | None = None,
+        caller: Caller = ANYONE,
     ) -> GenerateRequest:
         """Check and complete what a client asked for. Raises ModelNotFound, InvalidRequest, PromptTooLong, Unavailable.
 
         default_max_tokens: None for the rest of the context. deadline: seconds from the submission on.
         """
         info = self._engine_info()
+        self.gate.check_name(caller, model)
         self.registry.resolve(model)
         made = build_sampling(
             sampling,
@@ -163,6 +168,7 @@ class Service:
             include_stop=made.include_stop,
             deadline=deadline,
             priority=made.priority,
+            caller=caller,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finish, None]:
@@ -204,7 +210,8 @@ class Service:
             raise Overloaded(
                 f"{self._rows} rows are under way and {room} is the limit; try again in {hint:g} s", retry_after=hint
             )
-        answer = Answer(request, link, self.text, self.metrics.series(model), self.settings.row_buffer)
+        lease = self.gate.admit(request.caller, model, revision is not None, len(request.prompt))
+        answer = Answer(request, link, self.text, self.metrics.series(model), lease, self.settings.row_buffer)
         for _ in range(request.n):
             self._rows += 1
             if revision is not None:
@@ -222,6 +229,7 @@ class Service:
 
     def _end(self, answer: Answer) -> None:
         answer.close()
+        answer.lease.release()
         seconds = time.monotonic() - answer.began
         self._pace += 0.1 * (seconds - self._pace)
         answer.series.requests[answer.outcome] += 1

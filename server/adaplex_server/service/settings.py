@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adaplex_server.caller import Limits
 from adaplex_server.engine.settings import EngineSettings
+from adaplex_server.service.access.key_store import KeyStore
 
 ENGINE_COMMAND = (sys.executable, "-m", "adaplex_server.engine")
 
@@ -32,7 +34,8 @@ class ServiceSettings:
     requests may finish after SIGTERM. restart_first .. restart_longest: pauses before a lost engine is started again,
     doubling; back to the first after healthy_after of health. stall_seconds: silence of an engine that has work, past
     which it is killed and started again. adapter_labels: adapters that get metric series of
-    their own, the others are "other". engine_command: what is started; the number of the inherited socket is
+    their own, the others are "other". keys: the API keys, None for a server that asks for none. adapter_limits: of
+    each adapter, over all callers. engine_command: what is started; the number of the inherited socket is
     appended.
     """
 
@@ -51,4 +54,6 @@ class ServiceSettings:
     healthy_after: float = 60.0
     stall_seconds: float = 300.0
     adapter_labels: int = 50
+    keys: KeyStore | None = None
+    adapter_limits: Limits = field(default_factory=Limits)
     engine_command: tuple[str, ...] = ENGINE_COMMAND

@@ -33,6 +33,8 @@ from adaplex_adapters.names import check_name
 from adaplex_server.engine.messages import EngineInfo
 from adaplex_server.http_api.server import HttpServer, bind
 from adaplex_server.http_api.settings import HttpSettings
+from adaplex_server.caller import ANYONE, Caller, Limits
+from adaplex_server.service.access.gate import Gate
 from adaplex_server.service.limits import SamplingRequest, build_sampling
 from adaplex_server.service.types import AdapterInfo, ServiceInfo
 from adaplex_server.vocabulary import Delta, Finish, GenerateRequest, TokenLogprob
@@ -138,6 +140,7 @@ class FakeService:
 
     def __init__(self) -> None:
         self.text = FakeText()
+        self.gate = Gate(None, Limits())
         self.registry = FakeRegistry()
         self.metrics = FakeMetrics()
         self.running: list[GenerateRequest] = []
@@ -164,7 +167,9 @@ class FakeService:
         default_max_tokens: int | None = None,
         request_id: str | None = None,
         deadline: float | None = None,
+        caller: Caller = ANYONE,
     ) -> GenerateRequest:
+        self.gate.check_name(caller, model)
         if model not in (BASE, "base"):
             self.registry.describe(model)
         if any(not 0 <= one < ENGINE.vocab_size for one in prompt):
@@ -186,6 +191,7 @@ class FakeService:
             include_stop=made.include_stop,
             deadline=deadline,
             priority=made.priority,
+            caller=caller,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finish, None]:
