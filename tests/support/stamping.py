@@ -15,7 +15,6 @@ import msgspec
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter, StorageFailed
-from adaplex_adapters.spec import AdapterSpec, LoraAdapter
 from adaplex_server.engine.engine import Engine
 from adaplex_server.engine.executor import Executor
 from adaplex_server.engine.host_adapters import AdapterRead
@@ -25,6 +24,7 @@ from adaplex_server.engine.parts import Parts, connect
 from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.settings import EngineSettings
 from adaplex_server.engine.step_batch import build_step
+from adaplex_server.model.adapter_image import AdapterImage
 from adaplex_server.model.batch import StepBatch
 from adaplex_server.model.kv_cache import KvCache
 
@@ -35,9 +35,9 @@ POISON = 900
 """Stamps from here on give NaN where the hash is divisible by 5, and write it to the KV."""
 
 
-def fake_adapter(revision: str, rank: int, nbytes: int = 100) -> LoraAdapter:
-    """An adapter without tensors: the stamp is in its name ("r7" is stamp 7)."""
-    return LoraAdapter(AdapterSpec(revision, "lora", rank, (), 0, nbytes, ""), {})
+def fake_adapter(revision: str, rank: int, nbytes: int = 100) -> AdapterImage:
+    """An adapter without weights: the stamp is in its name ("r7" is stamp 7)."""
+    return AdapterImage(revision, rank, 0, 0, (torch.empty(nbytes, dtype=torch.uint8),), torch.empty(0))
 
 
 def stamp_of(revision: str) -> int:
@@ -46,19 +46,40 @@ def stamp_of(revision: str) -> int:
 
 @dataclass
 class StampDevice:
-    """AdapterDevice: slots have pages, pages have stamps."""
+    """AdapterDevice: slots have pages, pages have stamps. copy_steps: how often `landed` says no; until then the pages
+    hold nonsense.
+    """
 
     pages: dict[int, int] = field(default_factory=dict)
     slots: dict[int, tuple[int, ...]] = field(default_factory=dict)
     useless: frozenset[str] = frozenset()
+    copy_steps: int = 0
+    copying: dict[int, tuple[int, str]] = field(default_factory=dict)
+    held: dict[int, str] = field(default_factory=dict)
 
-    def write(self, slot: int, pages: tuple[int, ...], adapter: LoraAdapter) -> None:
+    def write(self, slot: int, pages: tuple[int, ...], image: AdapterImage) -> None:
+        assert slot not in self.copying, "a slot is written twice at once"
         self.slots[slot] = pages
-        self.pages.update(dict.fromkeys(pages, stamp_of(adapter.spec.revision)))
-        self._last = adapter.spec.revision
+        self.pages.update(dict.fromkeys(pages, -7))
+        self.copying[slot] = (self.copy_steps, image.revision)
+
+    def landed(self, slot: int) -> bool:
+        if slot in self.copying:
+            left, revision = self.copying[slot]
+            if left:
+                self.copying[slot] = (left - 1, revision)
+                return False
+            self.wait(slot)
+        return True
+
+    def wait(self, slot: int) -> None:
+        if slot in self.copying:
+            _, revision = self.copying.pop(slot)
+            self.pages.update(dict.fromkeys(self.slots[slot], stamp_of(revision)))
+            self.held[slot] = revision
 
     def prove(self, slot: int) -> float:
-        if self._last in self.useless:
+        if self.held[slot] in self.useless:
             raise InvalidAdapter("the adapter changes nothing")
         return 1.0
 
@@ -106,6 +127,19 @@ class StampModel:
             else:
                 out[i] = self._answers[int(hashed * 31 + of_token[t]) % _ANSWERS]
         return out
+
+
+@dataclass
+class AskedReads:
+    """Reads: what was asked for, for `World.deliver`."""
+
+    asked: list[str] = field(default_factory=list)
+
+    def start(self, revision: str) -> None:
+        self.asked.append(revision)
+
+    def forget(self, revision: str) -> None:
+        assert revision not in self.asked, "what is dropped is being read"
 
 
 @dataclass
@@ -172,6 +206,7 @@ def make_world(
     context: int = 64,
     max_scores: int = 8,
     useless: frozenset[str] = frozenset(),
+    copy_steps: int = 0,
     **settings: int | bool,
 ) -> World:
     """ranks: of the adapters in the store. The pools are tiny on purpose."""
@@ -179,12 +214,12 @@ def make_world(
         base="", store="", base_name="", page_size=page_size, max_slots=slots, **{"max_step_tokens": 16, **settings}
     )
     plan = MemoryPlan(kv_pages + 1, 2, adapter_pages + 1, 4, context)
-    device = StampDevice(useless=useless)
+    device = StampDevice(useless=useless, copy_steps=copy_steps)
     model = StampModel(device)
     kv = KvCache.allocate(1, kv_pages + 1, page_size, 1, 3, torch.float32, torch.device("cpu"))
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     sent: list[msgspec.Struct] = []
-    asked: list[str] = []
+    reads = AskedReads()
     now = [0.0]
     build: Callable = lambda work: build_step(work, page_size, torch.device("cpu"))  # noqa: E731
     parts = connect(
@@ -192,10 +227,10 @@ def make_world(
         plan,
         executor=Executor(model, kv, Sampler(frozenset({EOS})), build),
         device=lambda pages: device,
-        start_read=asked.append,
+        reads=reads,
         send=sent.append,
         eos=frozenset({EOS}),
         vocab_size=VOCAB,
         max_scores=max_scores,
     )
-    return World(Engine(parts, inbox, lambda: now[0]), parts, model, kv, inbox, sent, asked, ranks, now)
+    return World(Engine(parts, inbox, lambda: now[0]), parts, model, kv, inbox, sent, reads.asked, ranks, now)

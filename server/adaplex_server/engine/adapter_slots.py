@@ -1,8 +1,9 @@
 """Which adapter revision lies in which slot and rank pages of the device's `AdapterPool`.
 
 Owns slot and page numbers and the pins; the weights are written by whoever reserved. A revision is pinned once for
-each row that has begun with it; unpinned ones make room, least recently used first. Slots are keyed by revision,
-never by name, so the same content under two names takes one slot.
+each row that has begun with it; unpinned ones make room, least recently used first. One that is still being copied
+has its place, but neither do rows begin with it nor does it make room. Slots are keyed by revision, never by name, so
+the same content under two names takes one slot.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class AdapterSlots:
         self._free_pages = list(range(pages - 1, 0, -1))
         self._resident: OrderedDict[str, Slot] = OrderedDict()
         self._pins: dict[str, int] = {}
+        self._arriving: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -51,8 +53,16 @@ class AdapterSlots:
         return self.total_pages - len(self._free_pages)
 
     def slot(self, revision: str) -> Slot | None:
-        """Where the revision lies, None if it is not resident."""
+        """Where the revision lies or is being copied to, None if it is neither."""
         return self._resident.get(revision)
+
+    def usable(self, revision: str) -> bool:
+        """It is on the device, whole."""
+        return revision in self._resident and revision not in self._arriving
+
+    def arrive(self, revision: str) -> None:
+        """All of it has been copied to its place."""
+        self._arriving.remove(revision)
 
     def pinned(self, revision: str) -> int:
         """How many rows hold it in its place."""
@@ -76,11 +86,11 @@ class AdapterSlots:
 
     def reserve(self, revision: str, pages: int, keep: Collection[str] = ()) -> Reservation | None:
         """A slot with `pages` rank pages, evicting unpinned revisions outside `keep`; None, and nothing changed, if
-        that is not enough.
+        that is not enough. The revision is not usable before `arrive`.
         """
         if revision in self._resident:
             raise RuntimeError(f"adapter {revision[:12]} is resident already")
-        victims = self._victims(pages, [r for r in self._resident if r not in self._pins and r not in keep])
+        victims = self._victims(pages, [r for r in self._settled() if r not in self._pins and r not in keep])
         if victims is None:
             return None
         for victim in victims:
@@ -88,11 +98,15 @@ class AdapterSlots:
             self.evictions += 1
         slot = Slot(self._free_slots.pop(), tuple(self._free_pages.pop() for _ in range(pages)))
         self._resident[revision] = slot
+        self._arriving.add(revision)
         return Reservation(revision, slot, tuple(victims))
 
     def blockers(self, pages: int) -> list[str] | None:
         """The revisions that would have to go, pinned or not, for `pages` rank pages: least recently used first."""
-        return self._victims(pages, list(self._resident))
+        return self._victims(pages, self._settled())
+
+    def _settled(self) -> list[str]:
+        return [revision for revision in self._resident if revision not in self._arriving]
 
     def _victims(self, pages: int, candidates: list[str]) -> list[str] | None:
         slots, room, victims = len(self._free_slots), len(self._free_pages), []
@@ -108,6 +122,7 @@ class AdapterSlots:
         if revision in self._pins:
             raise RuntimeError(f"adapter {revision[:12]} is pinned by {self._pins[revision]} rows")
         slot = self._resident.pop(revision)
+        self._arriving.discard(revision)
         self._free_slots.append(slot.index)
         self._free_pages.extend(slot.pages)
         return slot
@@ -118,5 +133,6 @@ class AdapterSlots:
         assert slots == list(range(self.total_slots)), "a slot is lost or given twice"
         pages = sorted((*self._free_pages, *(p for s in self._resident.values() for p in s.pages)))
         assert pages == list(range(1, self.total_pages + 1)), "a rank page is lost or given twice"
-        assert self._pins.keys() <= self._resident.keys(), "an absent revision is pinned"
+        assert self._pins.keys() | self._arriving <= self._resident.keys(), "an absent revision is pinned or arriving"
+        assert not self._pins.keys() & self._arriving, "a row has begun with a revision that is still being copied"
         assert all(count > 0 for count in self._pins.values()), "a pin counts nothing"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from adaplex_adapters.errors import StartupError
 from adaplex_adapters.spec import LoraAdapter
 from adaplex_adapters.store import AdapterStore
+from adaplex_server.engine.adapter_source import AdapterSource
 from adaplex_server.engine.engine import Engine, Inbox
 from adaplex_server.engine.executor import Executor
 from adaplex_server.engine.host_adapters import AdapterReader
+from adaplex_server.engine.host_arena import HostArena
+from adaplex_server.engine.image_files import ImageFiles
 from adaplex_server.engine.memory import MemoryPlan, ModelBytes, free_bytes, plan_memory
 from adaplex_server.engine.messages import EngineInfo, Progress
 from adaplex_server.engine.parts import Parts, Send, connect
@@ -21,7 +26,8 @@ from adaplex_server.engine.probe import PROBE_TOKENS, AdapterMemory, LoraDevice
 from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.settings import EngineSettings, with_step_tokens
 from adaplex_server.engine.step_batch import build_step
-from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, allocate_pool, bytes_per_page
+from adaplex_server.model.adapter_image import RANK_PAGE, ImageLayout
+from adaplex_server.model.adapter_pool import AdapterPool, allocate_pool, bytes_per_page
 from adaplex_server.model.base import Base, load_base
 from adaplex_server.model.config import ModelConfig, read_config
 from adaplex_server.model.decode_graphs import DecodeGraphs
@@ -52,18 +58,29 @@ def start_engine(settings: EngineSettings, inbox: Inbox, send: Send) -> tuple[En
         progress=lambda text, fraction: send(Progress(text, fraction)),
     )
     store, shape = AdapterStore(Path(settings.store)), base_shape(config)
-    return assemble(settings, base, lambda revision: store.read(revision, shape), inbox, send)
+    images = None
+    if device.type == "cuda":
+        layout = ImageLayout.of(config, pool_dtype(base.dtype, device))
+        images = ImageFiles(Path(settings.store) / "images", layout, store.revisions())
+    return assemble(settings, base, lambda revision: store.read(revision, shape), inbox, send, images)
 
 
 def assemble(
-    settings: EngineSettings, base: Base, read: Callable[[str], LoraAdapter], inbox: Inbox, send: Send
+    settings: EngineSettings,
+    base: Base,
+    read: Callable[[str], LoraAdapter],
+    inbox: Inbox,
+    send: Send,
+    images: ImageFiles | None = None,
 ) -> tuple[Engine, EngineInfo]:
-    """An engine around a loaded base. read: an adapter from the store."""
+    """An engine around a loaded base. read: an adapter from the store. images: where adapters are kept laid out."""
     device = base.device
     settings = with_step_tokens(settings, device.type == "cuda")
     sizes = model_bytes(settings, base.config, base.dtype, device)
     plan = plan_memory(settings, sizes, free_bytes(device), device.type == "cuda", PROBE_TOKENS)
-    parts = _build_parts(settings, base, plan, read, inbox, send)
+    layout = ImageLayout.of(base.config, pool_dtype(base.dtype, device))
+    source = AdapterSource(read, layout, _host_arena(settings, layout, device), images)
+    parts = _build_parts(settings, base, plan, source, inbox, send)
     info = EngineInfo(
         pid=os.getpid(),
         device=device.type,
@@ -85,7 +102,7 @@ def _build_parts(
     settings: EngineSettings,
     base: Base,
     plan: MemoryPlan,
-    read: Callable[[str], LoraAdapter],
+    source: AdapterSource,
     inbox: Inbox,
     send: Send,
 ) -> Parts:
@@ -116,18 +133,28 @@ def _build_parts(
         lambda work: build_step(work, settings.page_size, device),
         graphs,
     )
-    memory = AdapterMemory(adapters, config, bytes_per_page(config, pool_dtype(dtype, device)))
+    memory = AdapterMemory(adapters, source.layout)
     return connect(
         settings,
         plan,
         executor=executor,
         device=lambda pages: LoraDevice(executor, config.vocab_size, pages, memory),
-        start_read=AdapterReader(read, inbox.put),
+        reads=AdapterReader(source, inbox.put),
         send=send,
         eos=eos,
         vocab_size=config.vocab_size,
         max_scores=max_scores(config),
     )
+
+
+def _host_arena(settings: EngineSettings, layout: ImageLayout, device: torch.device) -> HostArena:
+    """Memory for adapters; for a GPU it is pinned meanwhile, as far as the machine has plenty."""
+    arena = HostArena(layout.page_bytes, pinned=device.type == "cuda")
+    if device.type == "cuda" and settings.max_slots:
+        plenty = int(psutil.virtual_memory().available) // 4
+        reserve = min(settings.host_adapter_bytes, plenty)
+        threading.Thread(target=arena.reserve, args=(reserve,), name="adapter-memory", daemon=True).start()
+    return arena
 
 
 def model_bytes(settings: EngineSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelBytes:

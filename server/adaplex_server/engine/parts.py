@@ -9,7 +9,7 @@ import msgspec
 
 from adaplex_server.engine.adapter_slots import AdapterSlots
 from adaplex_server.engine.executor import Executor
-from adaplex_server.engine.host_adapters import HostAdapters
+from adaplex_server.engine.host_adapters import HostAdapters, Reads
 from adaplex_server.engine.memory import MemoryPlan
 from adaplex_server.engine.page_pool import PagePool
 from adaplex_server.engine.placement import Placement
@@ -48,21 +48,21 @@ def connect(
     *,
     executor: Executor,
     device: Callable[[list[int]], AdapterDevice],
-    start_read: Callable[[str], None],
+    reads: Reads,
     send: Send,
     eos: frozenset[int],
     vocab_size: int,
     max_scores: int,
 ) -> Parts:
-    """device: makes the adapter device from the probe's KV pages. start_read: has an adapter read, which comes back as
-    an `AdapterRead` in the inbox. max_scores: see `Limits`.
+    """device: makes the adapter device from the probe's KV pages. reads: has adapters read, which come back as
+    `AdapterRead`s in the inbox. max_scores: see `Limits`.
     """
     assert settings.max_step_tokens is not None, "the assembly chooses it"
     pool = PagePool(plan.kv_pages)
     probe_pages = pool.take(plan.probe_pages)
     cache = PrefixCache(pool, settings.page_size, settings.prefix_cache)
     slots = AdapterSlots(settings.max_slots, plan.adapter_pages, plan.pages_per_slot)
-    hosts = HostAdapters(settings.host_adapter_bytes, start_read)
+    hosts = HostAdapters(settings.host_adapter_bytes, reads)
     placement = Placement(slots, hosts.rank_pages)
     limits = Limits(
         max_rows=min(settings.max_rows, settings.max_step_tokens),

@@ -41,10 +41,11 @@ class Placement:
         """Rows of this revision may begin now."""
         if revision is None:
             return True
-        return self._slots.slot(revision) is not None and revision not in self._yielding
+        return self._slots.usable(revision) and revision not in self._yielding
 
     def wanted(self, waiting: Mapping[str, Order]) -> list[str]:
-        """Revisions that are wanted on the device and not there, in the order of their first row or claim.
+        """Revisions wanted on the device that are neither there nor on their way, in the order of their first row or
+        claim.
 
         waiting: revision -> the order of its first waiting row.
         """

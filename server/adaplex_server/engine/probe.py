@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter, StartupError, Unavailable
-from adaplex_adapters.spec import LoraAdapter
 from adaplex_server.engine.executor import Executor
 from adaplex_server.engine.row import Row, Work
-from adaplex_server.model.adapter_pool import AdapterPool, clear_slot, write_adapter
-from adaplex_server.model.config import ModelConfig
+from adaplex_server.model.adapter_image import AdapterImage, ImageLayout
+from adaplex_server.model.adapter_pool import AdapterPool, clear_slot
+from adaplex_server.model.adapter_writer import AdapterWriter
 from adaplex_server.vocabulary import SamplingParams
 
 PROBE_TOKENS = 8
@@ -29,15 +29,16 @@ def probe_tokens(vocab_size: int) -> list[int]:
 class AdapterMemory:
     """The device's pool of rank rows as the engine writes to it; pool None where no adapter is served."""
 
-    def __init__(self, pool: AdapterPool | None, config: ModelConfig, page_bytes: int) -> None:
-        self.page_bytes = page_bytes
+    def __init__(self, pool: AdapterPool | None, layout: ImageLayout) -> None:
+        self.page_bytes = layout.page_bytes
         self._pool = pool
-        self._config = config
+        self._writer = None if pool is None else AdapterWriter(pool, layout)
 
-    def write(self, slot: int, pages: tuple[int, ...], adapter: LoraAdapter) -> int:
-        """Bring the adapter to its slot; returns how many of its tensors have a place there."""
-        assert self._pool is not None, "a slot was given out where there is none"
-        return write_adapter(self._pool, self._config, slot, pages, adapter)
+    @property
+    def writer(self) -> AdapterWriter:
+        """Where copies are begun and waited for."""
+        assert self._writer is not None, "a slot was given out where there is none"
+        return self._writer
 
     def clear(self, slot: int) -> None:
         """Nobody's weights are in the slot any more."""
@@ -68,13 +69,20 @@ class LoraDevice:
                 "the base's logits are not finite on the probe: its checkpoint is damaged or its dtype too narrow"
             )
 
-    def write(self, slot: int, pages: tuple[int, ...], adapter: LoraAdapter) -> None:
-        """Bring the adapter to its slot; every tensor must be used."""
+    def write(self, slot: int, pages: tuple[int, ...], image: AdapterImage) -> None:
+        """Begin to bring the adapter to its slot; every tensor must have a place."""
+        if image.used != image.given:
+            raise InvalidAdapter(f"only {image.used} of the adapter's {image.given} tensors have a place in this base")
         with _out_of_memory_refuses():
-            used = self._memory.write(slot, pages, adapter)
-        given = 2 * len(adapter.modules)
-        if used != given:
-            raise InvalidAdapter(f"only {used} of the adapter's {given} tensors have a place in this base")
+            self._memory.writer.start(slot, pages, image)
+
+    def landed(self, slot: int) -> bool:
+        """Whether all of it is there."""
+        return self._memory.writer.landed(slot)
+
+    def wait(self, slot: int) -> None:
+        """Return when it is."""
+        self._memory.writer.wait(slot)
 
     def prove(self, slot: int) -> float:
         """The largest absolute difference of the probe's logits from the base's."""

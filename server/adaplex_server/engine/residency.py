@@ -1,7 +1,8 @@
 """The life of each adapter revision in the engine: read, brought to the device, proved, dropped.
 
-Owns the calls that wait for an answer, the proofs, and which revisions are refused. A proof belongs to the content
-and so to the revision: it is made when the revision first reaches the device, and holds as long as the process.
+Owns the calls that wait for an answer, the copies under way, the proofs, and which revisions are refused. A proof
+belongs to the content and so to the revision: it is made when the revision first reaches the device, and holds as long
+as the process.
 """
 
 from __future__ import annotations
@@ -13,22 +14,24 @@ from typing import Protocol
 import msgspec
 
 from adaplex_adapters.errors import AdaplexError, InternalError, InvalidAdapter, ModelNotFound
-from adaplex_adapters.spec import LoraAdapter
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
-from adaplex_server.engine.host_adapters import AdapterRead, HostAdapters, rank_pages
+from adaplex_server.engine.host_adapters import AdapterRead, HostAdapters
 from adaplex_server.engine.messages import AdapterDropped, AdapterFailed, AdapterLoaded, DropAdapter, LoadAdapter
 from adaplex_server.engine.placement import Placement
 from adaplex_server.engine.prefix_cache import PrefixCache
 from adaplex_server.engine.scheduler import Scheduler
-from adaplex_server.model.adapter_pool import RANK_PAGE
+from adaplex_server.model.adapter_image import RANK_PAGE, AdapterImage, pages_of_rank
 
 
 class AdapterDevice(Protocol):
-    """Where adapters are written to. `prove` runs the probe in a slot and returns the largest absolute difference of
-    its logits from the base's; both raise InvalidAdapter.
+    """Where adapters are written to. `write` begins to copy an adapter to its slot, `landed` tells whether that has
+    ended, `wait` returns when it has. `prove` runs the probe in a slot and returns the largest absolute difference of
+    its logits from the base's; it and `write` raise InvalidAdapter.
     """
 
-    def write(self, slot: int, pages: tuple[int, ...], adapter: LoraAdapter) -> None: ...
+    def write(self, slot: int, pages: tuple[int, ...], image: AdapterImage) -> None: ...
+    def landed(self, slot: int) -> bool: ...
+    def wait(self, slot: int) -> None: ...
     def prove(self, slot: int) -> float: ...
     def clear(self, slot: int) -> None: ...
     def page_bytes(self) -> int: ...
@@ -62,6 +65,7 @@ class Residency:
         self._device = device
         self._send = send
         self._proofs: dict[str, float] = {}
+        self._arriving: dict[str, Reservation] = {}
         self._loading: dict[str, list[_Call]] = {}
         self._dropping: dict[str, list[int]] = {}
         self._dropped: set[str] = set()
@@ -79,7 +83,7 @@ class Residency:
         for call in self._dropping.pop(revision, []):
             self._send(AdapterDropped(call, revision, 0))
         self._loading.setdefault(revision, []).append(_Call(message.call, now))
-        if revision in self._proofs and self._slots.slot(revision) is not None:
+        if revision in self._proofs and self._slots.usable(revision):
             self._answer(revision, now)
         else:
             self._placement.claim(revision, self._scheduler.next_order())
@@ -92,7 +96,7 @@ class Residency:
     def settle_drops(self) -> None:
         """Carry out the drops of revisions that nothing uses any more."""
         for revision in list(self._dropping):
-            busy = self._placement.claimed(revision) or self._hosts.reading(revision)
+            busy = self._placement.claimed(revision) or self._hosts.reading(revision) or revision in self._arriving
             if not busy and not self._scheduler.rows_of(revision):
                 freed = self._forget(revision)
                 for call in self._dropping.pop(revision):
@@ -111,35 +115,57 @@ class Residency:
             error = read.result
             self._fail(read.revision, error if isinstance(error, AdaplexError) else InternalError(repr(error)))
             return
-        pages, most = rank_pages(read.result), self._slots.pages_per_slot
-        if pages > most:
-            rank, rows = read.result.spec.rank, most * RANK_PAGE
+        rank, most = read.result.rank, self._slots.pages_per_slot
+        if pages_of_rank(rank) > most:
+            rows = most * RANK_PAGE
             what = f"rank {rank} does not fit: this server takes ranks up to {rows} (max_rank, adapter_bytes)"
             self._fail(read.revision, InvalidAdapter(what))
 
     def place(self, clock: Callable[[], float]) -> bool:
-        """Bring at most one adapter to its slot, with its proof if it has none yet. True if there was one."""
-        reservation = self._scheduler.place()
-        if reservation is None:
-            return False
-        try:
-            self._write(reservation)
-        except AdaplexError as error:
-            self._slots.remove(reservation.revision)
-            self._device.clear(reservation.slot.index)
-            self._fail(reservation.revision, error)
-        else:
-            self._answer(reservation.revision, clock())
-        return True
+        """Begin to bring at most one adapter to its slot, and settle those that have come. True while any is under way,
+        or was settled now.
 
-    def _write(self, reservation: Reservation) -> None:
+        A copy is waited for only where no row runs, so that no step is held up.
+        """
+        reservation = self._scheduler.place()
+        if reservation is not None:
+            self._begin(reservation)
+        if self._arriving and not self._scheduler.running:
+            self._device.wait(next(iter(self._arriving.values())).slot.index)
+        came = [one for one in self._arriving.values() if self._device.landed(one.slot.index)]
+        for one in came:
+            self._settle(one, clock)
+        return reservation is not None or bool(came or self._arriving)
+
+    def _begin(self, reservation: Reservation) -> None:
         revision, slot = reservation.revision, reservation.slot
-        adapter = self._hosts.get(revision)
-        assert adapter is not None, "a slot was reserved for an adapter that is not in host memory"
-        self._device.write(slot.index, slot.pages, adapter)
+        image = self._hosts.get(revision)
+        assert image is not None, "a slot was reserved for an adapter that is not in host memory"
+        try:
+            self._device.write(slot.index, slot.pages, image)
+        except AdaplexError as error:
+            self._refuse(reservation, error)
+        else:
+            self._arriving[revision] = reservation
+
+    def _settle(self, reservation: Reservation, clock: Callable[[], float]) -> None:
+        """All of it is on the device: prove it, unless that was done before, and let its rows begin."""
+        revision = reservation.revision
+        del self._arriving[revision]
         self.loads += 1
-        if revision not in self._proofs:
-            self._proofs[revision] = self._device.prove(slot.index)
+        try:
+            if revision not in self._proofs:
+                self._proofs[revision] = self._device.prove(reservation.slot.index)
+        except AdaplexError as error:
+            self._refuse(reservation, error)
+            return
+        self._slots.arrive(revision)
+        self._answer(revision, clock())
+
+    def _refuse(self, reservation: Reservation, error: AdaplexError) -> None:
+        self._slots.remove(reservation.revision)
+        self._device.clear(reservation.slot.index)
+        self._fail(reservation.revision, error)
 
     def _answer(self, revision: str, now: float) -> None:
         self._placement.settle(revision)

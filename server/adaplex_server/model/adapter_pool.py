@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter
-from adaplex_adapters.spec import LoraAdapter, LoraModule
+from adaplex_adapters.spec import LoraAdapter
+from adaplex_server.model.adapter_image import RANK_PAGE, ImageLayout, lay_out
 from adaplex_server.model.config import ModelConfig
-from adaplex_server.model.families import LinearTargets, linear_targets, module_paths
+from adaplex_server.model.families import LinearTargets, linear_targets
 
-RANK_PAGE = 8
+__all__ = ["RANK_PAGE", "AdapterPool", "LinearPool", "allocate_pool", "bytes_per_page", "clear_slot", "write_adapter"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class AdapterPool:
 
 def bytes_per_page(config: ModelConfig, dtype: torch.dtype) -> int:
     """Device bytes of one page over all layers and linears."""
-    values = sum(t.in_features * len(t.names) + t.out_features for t in linear_targets(config).values())
-    return config.num_layers * RANK_PAGE * values * dtype.itemsize
+    return ImageLayout.of(config, dtype).page_bytes
 
 
 def allocate_pool(
@@ -93,38 +93,55 @@ def allocate_pool(
 def write_adapter(
     pool: AdapterPool, config: ModelConfig, slot: int, pages: tuple[int, ...], adapter: LoraAdapter
 ) -> int:
-    """Bring an adapter to `pages` and make them `slot`'s. Returns the number of tensors that found their place (two a
-    module).
+    """Bring an adapter to `pages` and make them `slot`'s, at once. Returns the number of tensors that found their place
+    (two a module).
 
     Whatever the pages held before is overwritten. Raises InvalidAdapter if a value is not finite in the pool's dtype
     or the pages are too few; the slot is empty then.
     """
     clear_slot(pool, slot)
     rank = max((module.a.shape[0] for module in adapter.modules.values()), default=0)
+    check_pages(pool, pages, rank)
+    layout = ImageLayout.of(config, next(iter(pool.linears.values())).a.dtype)
+    image = lay_out(adapter, layout, lambda count: torch.empty(count, layout.page_values, dtype=layout.dtype).unbind())
+    device = pool.slot_pages.device
+    for page, values in zip(pages, image.pages, strict=False):
+        write_page(pool, layout, page, values.to(device))
+    for page in pages[len(image.pages) :]:
+        write_page(pool, layout, page, torch.zeros(layout.page_values, dtype=layout.dtype, device=device))
+    write_slot(pool, slot, pages, torch.tensor(pages, dtype=torch.int32).to(device), image.scaling.to(device))
+    return image.used
+
+
+def check_pages(pool: AdapterPool, pages: tuple[int, ...], rank: int) -> None:
+    """Raise InvalidAdapter if an adapter of this rank does not fit these pages, or they a slot."""
     if rank > len(pages) * RANK_PAGE or len(pages) > pool.slot_pages.shape[1]:
         raise InvalidAdapter(f"an adapter of rank {rank} does not fit {len(pages)} pages of {RANK_PAGE} rank rows")
-    device = pool.slot_pages.device
-    rows = (torch.tensor(pages).unsqueeze(1) * RANK_PAGE + torch.arange(RANK_PAGE)).flatten().to(device)
-    consumed = 0
+
+
+def write_page(pool: AdapterPool, layout: ImageLayout, page: int, values: torch.Tensor) -> None:
+    """A page of an image, on the pool's device, into page `page` of the pool; in the current stream's order."""
+    rows = slice(page * RANK_PAGE, (page + 1) * RANK_PAGE)
     for name, linear in pool.linears.items():
-        scaling = torch.zeros(config.num_layers, len(linear.targets.names))
-        for layer in range(config.num_layers):
-            a = torch.zeros(len(rows), *linear.a.shape[2:], dtype=linear.a.dtype)
-            b = torch.zeros(len(rows), linear.b.shape[2], dtype=linear.b.dtype)
-            for target, path in enumerate(module_paths(config, layer, name)):
-                module = adapter.modules.get(path)
-                if module is not None:
-                    _lay_out(a[:, target], b[:, slice(*linear.targets.spans[target])], module, path)
-                    scaling[layer, target] = module.scaling
-                    consumed += 2
-            linear.a[layer].index_copy_(0, rows, a.to(device))
-            linear.b[layer].index_copy_(0, rows, b.to(device))
-        linear.scaling[:, slot] = scaling.to(device)
-    pool.slot_pages[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32).to(device)
+        a, b = layout.of_linear(values, name)
+        linear.a[:, rows].copy_(a)
+        linear.b[:, rows].copy_(b)
+
+
+def write_slot(
+    pool: AdapterPool, slot: int, pages: tuple[int, ...], table: torch.Tensor, scaling: torch.Tensor
+) -> None:
+    """Make `pages` the slot's. table: the same [len(pages)] int32; scaling as in `AdapterImage`; both on the device."""
+    column = 0
+    for linear in pool.linears.values():
+        count = len(linear.targets.names)
+        linear.scaling[:, slot] = scaling[:, column : column + count]
+        column += count
+    pool.slot_pages[slot, : len(pages)] = table
+    pool.slot_pages[slot, len(pages) :] = 0
     pool.slot_page_count[slot] = len(pages)
     # A new object each time, by which a plan made for the slot's former content is known to be stale.
     pool.host_pages[slot] = (*pages,)
-    return consumed
 
 
 @torch.inference_mode()
@@ -135,12 +152,3 @@ def clear_slot(pool: AdapterPool, slot: int) -> None:
     pool.slot_pages[slot] = 0
     for linear in pool.linears.values():
         linear.scaling[:, slot] = 0
-
-
-def _lay_out(a: torch.Tensor, b: torch.Tensor, module: LoraModule, path: str) -> None:
-    """A module's rows into host rows a: [R, K] and b: [R, outputs of the target], which are zero."""
-    rank = module.a.shape[0]
-    a[:rank] = module.a
-    b[:rank] = module.b.T
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise InvalidAdapter(f"{path}: a weight is too large for {a.dtype}")

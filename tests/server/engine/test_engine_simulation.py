@@ -74,6 +74,7 @@ def life(seed: int, events: int) -> World:
     rng = random.Random(seed)
     world = make_world(
         RANKS,
+        copy_steps=(0, 1, 0, 5)[seed % 4],
         kv_pages=rng.choice([18, 24, 60]),
         slots=rng.choice([1, 2, 4]),
         adapter_pages=rng.choice([4, 6, 12]),

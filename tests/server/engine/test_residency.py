@@ -6,6 +6,7 @@ from adaplex_server.engine.messages import (
     AdapterDropped,
     AdapterFailed,
     AdapterLoaded,
+    Cancel,
     DropAdapter,
     LoadAdapter,
     Submit,
@@ -110,6 +111,39 @@ def test_a_load_waits_for_a_pinned_slot_and_other_rows_go_on() -> None:
     assert isinstance(world.other[0], AdapterLoaded) and world.ends[1][0].reason == "length"
 
 
+def test_rows_run_on_while_an_adapter_is_copied() -> None:
+    world = make_world({"r1": 1, "r2": 1}, copy_steps=6)
+    row(world, 1, "r1", tokens=30)
+    while len(world.text(1)) < 3:
+        world.deliver()
+        world.step()
+    row(world, 2, "r2")
+    world.inbox.put(LoadAdapter(9, "r2"))
+    for _ in range(5):
+        before = len(world.text(1))
+        world.deliver()
+        world.step()
+        assert len(world.text(1)) == before + 1 and not world.text(2) and not world.other
+    world.settle()
+    assert world.ends[2][0].reason == "length" and isinstance(world.other[0], AdapterLoaded)
+
+
+def test_a_drop_waits_for_the_copy() -> None:
+    world = make_world({"r1": 1, "r2": 1}, copy_steps=8)
+    row(world, 1, "r1", tokens=30)
+    while len(world.text(1)) < 3:
+        world.deliver()
+        world.step()
+    row(world, 2, "r2")
+    for _ in range(3):
+        world.deliver()
+        world.step()
+    world.inbox.put(Cancel(2))
+    world.inbox.put(DropAdapter(1, "r2"))
+    world.settle()
+    assert world.other == [AdapterDropped(1, "r2", 1000)] and world.engine.stats().adapters_resident == 1
+
+
 def test_host_memory_stays_bounded() -> None:
     world = make_world({f"r{i}": 1 for i in range(1, 30)}, slots=2, host_adapter_bytes=350)
     hosts = world.parts.residency._hosts
@@ -118,6 +152,6 @@ def test_host_memory_stays_bounded() -> None:
     for _ in range(300):
         world.deliver()
         world.step()
-        assert hosts.nbytes <= 450
+        assert hosts.nbytes <= 550, "the bound, and the two that are being read"
     world.settle()
     assert all(world.ends[i][0].reason == "length" for i in range(1, 30))

@@ -1,0 +1,156 @@
+"""An adapter laid out as the device's pool has it, in host memory: what is copied when it comes to the device.
+
+An image is whole pages of RANK_PAGE rank rows, each one contiguous, so that a page is one copy however many layers and
+linears it serves. Rows beyond a module's own rank, and modules that the adapter does not target, are zero. Owns
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adaplex_adapters.errors import InvalidAdapter
+from adaplex_adapters.spec import LoraAdapter, LoraModule
+from adaplex_server.model.config import ModelConfig
+from adaplex_server.model.families import LinearTargets, linear_targets, module_paths
+
+RANK_PAGE = 8
+_VERSION = 1
+"""Of what a page's bytes mean; images of another version are not read."""
+
+TakePages = Callable[[int], Sequence[torch.Tensor]]
+"""So many pages of `ImageLayout.page_values` values in the layout's dtype, of any content."""
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """Where a linear's rows lie in a page, in values: a [layers, RANK_PAGE, G, K] from `a`, b [layers, RANK_PAGE, N]
+    from `b` to `end`.
+    """
+
+    targets: LinearTargets
+    a: int
+    b: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How the pages of a base's adapters are laid out. parts: by linear, in the order of the forward pass."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    parts: dict[str, LinearPart]
+
+    @staticmethod
+    def of(config: ModelConfig, dtype: torch.dtype) -> ImageLayout:
+        """For adapters of this base, kept in `dtype`."""
+        parts: dict[str, LinearPart] = {}
+        at = 0
+        for name, targets in linear_targets(config).items():
+            b = at + config.num_layers * RANK_PAGE * len(targets.names) * targets.in_features
+            end = b + config.num_layers * RANK_PAGE * targets.out_features
+            parts[name] = LinearPart(targets, at, b, end)
+            at = end
+        return ImageLayout(config, dtype, parts)
+
+    @property
+    def page_values(self) -> int:
+        """Values in a page."""
+        return max(part.end for part in self.parts.values())
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.page_values * self.dtype.itemsize
+
+    @property
+    def scalings(self) -> tuple[int, int]:
+        """Shape of an image's scaling: layers, and the targets of all linears in order."""
+        return self.config.num_layers, sum(len(part.targets.names) for part in self.parts.values())
+
+    def of_linear(self, page: torch.Tensor, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of a page's a [layers, RANK_PAGE, G, K] and b [layers, RANK_PAGE, N]."""
+        part, layers = self.parts[linear], self.config.num_layers
+        a = page[part.a : part.b].view(layers, RANK_PAGE, len(part.targets.names), part.targets.in_features)
+        return a, page[part.b : part.end].view(layers, RANK_PAGE, part.targets.out_features)
+
+    def key(self) -> str:
+        """Differs wherever the bytes of an image would mean something else."""
+        known = [
+            (name, part.targets.names, part.targets.spans, part.targets.in_features, module_paths(self.config, 0, name))
+            for name, part in self.parts.items()
+        ]
+        text = repr((_VERSION, RANK_PAGE, str(self.dtype), self.config.num_layers, known))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterImage:
+    """rank: the largest of any module. pages: [page_values] each, in rank order. scaling: [layers, targets of all
+    linears] float32. given: tensors of the adapter; used: those that have a place in this base.
+    """
+
+    revision: str
+    rank: int
+    given: int
+    used: int
+    pages: tuple[torch.Tensor, ...]
+    scaling: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(page.nbytes for page in self.pages) + self.scaling.nbytes
+
+
+def pages_of_rank(rank: int) -> int:
+    """Pages that an adapter of this rank takes."""
+    return math.ceil(rank / RANK_PAGE)
+
+
+@torch.inference_mode()
+def lay_out(adapter: LoraAdapter, layout: ImageLayout, take: TakePages) -> AdapterImage:
+    """The adapter's image, in pages from `take`. InvalidAdapter if a value is not finite in the layout's dtype."""
+    rank = max((module.a.shape[0] for module in adapter.modules.values()), default=0)
+    pages = tuple(take(pages_of_rank(rank)))
+    for page in pages:
+        page.zero_()
+    scaling = torch.zeros(layout.scalings)
+    used = column = 0
+    for linear, part in layout.parts.items():
+        views = [layout.of_linear(page, linear) for page in pages]
+        for layer in range(layout.config.num_layers):
+            for target, path in enumerate(module_paths(layout.config, layer, linear)):
+                module = adapter.modules.get(path)
+                if module is None:
+                    continue
+                span = slice(*part.targets.spans[target])
+                for first, (a, b) in zip(range(0, module.a.shape[0], RANK_PAGE), views, strict=False):
+                    _place(a[layer, :, target], b[layer, :, span], module, first)
+                scaling[layer, column + target] = module.scaling
+                used += 2
+        column += len(part.targets.names)
+    if not all(bool(torch.isfinite(page).all()) for page in pages):
+        raise _too_large(adapter, layout.dtype)
+    return AdapterImage(adapter.spec.revision, rank, 2 * len(adapter.modules), used, pages, scaling)
+
+
+def _place(a: torch.Tensor, b: torch.Tensor, module: LoraModule, first: int) -> None:
+    """Rank rows from `first` on of a module into a page's a [RANK_PAGE, K] and b [RANK_PAGE, outputs]."""
+    rows = slice(first, min(first + RANK_PAGE, module.a.shape[0]))
+    count = rows.stop - rows.start
+    a[:count] = module.a[rows]
+    b[:count] = module.b[:, rows].T
+
+
+def _too_large(adapter: LoraAdapter, dtype: torch.dtype) -> InvalidAdapter:
+    for path, module in adapter.modules.items():
+        if not all(bool(torch.isfinite(half.to(dtype)).all()) for half in (module.a, module.b)):
+            return InvalidAdapter(f"{path}: a weight is too large for {dtype}")
+    return InvalidAdapter(f"a weight is too large for {dtype}")
