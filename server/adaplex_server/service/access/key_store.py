@@ -6,32 +6,36 @@ A server notices a change within `_PATIENCE`, so that a revoked key is dead a mo
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from adaplex_adapters.errors import NotFound, StartupError, StorageFailed
+from adaplex_adapters.database import Schema, open_database, sqlite_errors
+from adaplex_adapters.errors import NotFound
 from adaplex_server.caller import Caller, Limits
 from adaplex_server.service.access.keys import KeyRecord, new_key
 
 _PATIENCE = 0.5
-_APPLICATION_ID = 0x4144504B  # "ADPK"
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS keys (
-    id TEXT PRIMARY KEY, name TEXT NOT NULL, digest BLOB NOT NULL, verbs TEXT NOT NULL, models TEXT NOT NULL,
-    requests INTEGER, tokens INTEGER, streams INTEGER, created REAL NOT NULL, expires REAL, revoked INTEGER NOT NULL
-) STRICT;
-PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = 1;
-"""
+_SCHEMA = Schema(
+    what="The file of API keys",
+    application=0x4144504B,  # "ADPK"
+    version=1,
+    statements="""
+    CREATE TABLE keys (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, digest BLOB NOT NULL, verbs TEXT NOT NULL, models TEXT NOT NULL,
+        requests INTEGER, tokens INTEGER, streams INTEGER, created REAL NOT NULL, expires REAL, revoked INTEGER NOT NULL
+    ) STRICT;
+    """,
+    advice="restore it from a backup, or move it away and make new keys.",
+)
 _COLUMNS = "id, name, digest, verbs, models, requests, tokens, streams, created, expires, revoked"
 
 
 class KeyStore:
-    """The keys in the file `path`, for one thread at a time. A file that is not ours or damaged is refused with StartupError, never replaced."""
+    """The keys in the file `path`, for one thread at a time. A file that is not ours or damaged is refused with
+    StartupError, never replaced.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,7 +43,7 @@ class KeyStore:
         self._seen: tuple[float, int] = (0.0, -1)
         self._records: Mapping[str, KeyRecord] = {}
         if path.exists():
-            self._open()
+            self._connection = open_database(self._path, _SCHEMA)
 
     def records(self, *, fresh: bool = False) -> Mapping[str, KeyRecord]:
         """All keys by id, as of now or at most `_PATIENCE` ago. Raises StorageFailed when they cannot be read."""
@@ -49,9 +53,8 @@ class KeyStore:
         if self._connection is None:
             if not self._path.exists():
                 return self._records
-            self._open()
-        assert self._connection is not None
-        with _errors("Reading the keys"):
+            self._connection = open_database(self._path, _SCHEMA)
+        with sqlite_errors("Reading the keys"):
             (version,) = self._connection.execute("PRAGMA data_version").fetchone()
             if version != self._seen[1]:
                 rows = self._connection.execute(f"SELECT {_COLUMNS} FROM keys ORDER BY created").fetchall()
@@ -62,15 +65,14 @@ class KeyStore:
     def create(self, caller: Caller, expires: float | None) -> str:
         """Keep a new key with this caller's name, scope and limits. Returns the key, which nobody can read again."""
         if self._connection is None:
-            self._open()
-        assert self._connection is not None
+            self._connection = open_database(self._path, _SCHEMA)
         key, public, digest = new_key()
         limits = caller.limits
         values = (
             public, caller.name, digest, json.dumps(sorted(caller.verbs)), json.dumps(caller.models),
             limits.requests, limits.tokens, limits.streams, time.time(), expires, 0,
         )  # fmt: skip
-        with _errors("Keeping the key"):
+        with sqlite_errors("Keeping the key"):
             self._connection.execute(f"INSERT INTO keys ({_COLUMNS}) VALUES ({', '.join('?' * len(values))})", values)
         self._forget_cache()
         return key
@@ -79,7 +81,7 @@ class KeyStore:
         """The key is dead from now on. NotFound when there is none of this id."""
         if self._connection is None or public not in self.records():
             raise NotFound(f"There is no key with the id {public[:40]!a}; `adaplex keys list` shows them.")
-        with _errors("Revoking the key"):
+        with sqlite_errors("Revoking the key"):
             self._connection.execute("UPDATE keys SET revoked = 1 WHERE id = ?", (public,))
         self._forget_cache()
 
@@ -90,36 +92,6 @@ class KeyStore:
 
     def _forget_cache(self) -> None:
         self._seen = (0.0, -1)
-
-    def _open(self) -> None:
-        fresh = not self._path.exists()
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if fresh:
-                os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
-            connection = sqlite3.connect(self._path, isolation_level=None, timeout=5.0, check_same_thread=False)
-            (found,) = connection.execute("PRAGMA application_id").fetchone()
-            (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if tables and found != _APPLICATION_ID:
-                raise StartupError(f"{self._path.name} is a database of another program; it was left as it is.")
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            if not tables:
-                connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-        except (sqlite3.Error, OSError) as error:
-            raise StartupError(
-                f"The file of API keys {self._path.name} cannot be used ({error}). It was left as it is: restore it "
-                "from a backup, or move it away and make new keys."
-            ) from error
-        self._connection = connection
-
-
-@contextmanager
-def _errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StorageFailed(f"{doing} failed: {error}.") from error
 
 
 def _record(row: tuple) -> KeyRecord:
