@@ -14,7 +14,7 @@ from adaplex_server.model.adapter_pool import RANK_PAGE, allocate_pool, write_ad
 from adaplex_server.model.batch_builder import RowInput, build_batch
 from adaplex_server.model.config import ModelConfig, parse_config
 from adaplex_server.model.decode_graphs import Decoded, DecodeGraphs
-from adaplex_server.model.decode_inputs import DecodeRows
+from adaplex_server.model.decode_inputs import GIVEN, DecodeRows
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.families import linear_targets, module_paths
 from adaplex_server.model.kv_cache import KvCache
@@ -59,6 +59,7 @@ class Model:
     decoder: Decoder
     kv: KvCache
     graphs: DecodeGraphs
+    chosen: torch.Tensor
 
     @staticmethod
     def make(family: str, form: str, dtype: torch.dtype, window: int | None = None) -> Model:
@@ -74,7 +75,8 @@ class Model:
         for layer in (*kv.keys, *kv.values):
             layer[1:].normal_()
         decoder = Decoder(base, pool, CONTEXT)
-        return Model(decoder, kv, DecodeGraphs(decoder, kv, MAX_ROWS, CONTEXT))
+        chosen = torch.zeros(MAX_ROWS, dtype=torch.int64, device=CUDA)
+        return Model(decoder, kv, DecodeGraphs(decoder, kv, MAX_ROWS, CONTEXT, chosen), chosen)
 
     def rows(self, rng: random.Random, count: int, slots: list[int], longest: int = CONTEXT) -> DecodeRows:
         free = rng.sample(range(1, PAGES), PAGES - 1)
@@ -132,6 +134,44 @@ def test_the_bits_of_the_eager_step(family: str, form: str, dtype: torch.dtype, 
     assert 8 < len(model.graphs) <= 24
 
 
+def test_rows_are_fed_with_what_the_step_before_chose() -> None:
+    """Five steps without a word from the host, rows changing places: the tokens of five steps that it gives."""
+    model, rng = Model.make("llama", "nf4", torch.bfloat16), random.Random(torch.initial_seed())
+    rows = model.rows(rng, 20, [-1, 0, 1], longest=600)
+    begins = [rng.randrange(len(pages) * PAGE - 4) for pages in rows.pages]
+    orders = [rng.sample(range(20), 20)]
+    for _ in range(4):
+        orders.append(rng.sample(orders[-1], len(orders[-1]) - 2))
+    before = model.memory()
+
+    def run(fed: bool) -> list[torch.Tensor]:
+        model.restore(before)
+        tokens, places, found = dict(enumerate(rows.tokens)), dict.fromkeys(range(20), GIVEN), []
+        for step, order in enumerate(orders):
+            part = DecodeRows(
+                [tokens[i] for i in order],
+                [begins[i] + step for i in order],
+                [rows.pages[i] for i in order],
+                [rows.slots[i] for i in order],
+                [places[i] for i in order],
+            )
+            found.append(model.captured(part).best)
+            if fed:
+                tokens, places = dict.fromkeys(order, 0), {i: place for place, i in enumerate(order)}
+            else:
+                tokens = dict(zip(order, found[-1].tolist(), strict=True))
+        return found
+
+    assert all(torch.equal(fed, given) for fed, given in zip(run(fed=True), run(fed=False), strict=True))
+
+
+def test_a_capture_keeps_the_tokens_that_are_yet_to_be_fed() -> None:
+    model, rng = Model.make("llama", "nf4", torch.bfloat16), random.Random(torch.initial_seed())
+    first = model.captured(model.rows(rng, 30, [-1], longest=600)).best
+    model.graphs.capture_common(seconds=5)
+    assert torch.equal(model.chosen[:30], first)
+
+
 def test_rows_that_join_and_leave_keep_their_bits() -> None:
     model, rng = Model.make("llama", "nf4", torch.bfloat16), random.Random(torch.initial_seed())
     rows = model.rows(rng, MAX_ROWS, [-1, *range(len(RANKS))])
@@ -171,6 +211,7 @@ def test_a_row_of_nan_fails_alone() -> None:
         layer[rows.pages[4][0], 0] = float("nan")
     rows.positions[4] = max(rows.positions[4], 1)
     dirty = model.captured(rows)
+    assert ((model.chosen >= 0) & (model.chosen < VOCAB)).all(), "the next step is fed with a token, whatever it is"
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert torch.equal(dirty.logits[others], clean.logits[others])
     assert torch.equal(dirty.best[others], clean.best[others]) and dirty.best[4] == -1

@@ -17,8 +17,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return make_zoo(tmp_path_factory.mktemp("zoo"))
 
 
-def test_mixed_is_solo(zoo: Zoo) -> None:
-    traffic, base = Traffic.start(zoo, settings_for(zoo, device="cuda"))
+@pytest.mark.parametrize("overlap", [False, True])
+def test_mixed_is_solo(zoo: Zoo, overlap: bool) -> None:
+    traffic, base = Traffic.start(zoo, settings_for(zoo, device="cuda", overlap=overlap))
     random_rounds(traffic, zoo, rounds=200)
     verdict = compare(traffic, Oracle(zoo, base, CUDA), tie=1e-3, close=1e-3)
     stats, graphs = traffic.engine.stats(), traffic.engine.parts.executor.graphs
@@ -28,8 +29,8 @@ def test_mixed_is_solo(zoo: Zoo) -> None:
     assert graphs is not None and graphs.replays > 500
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_captured_steps_change_no_number(zoo: Zoo, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "overlap"), [("bfloat16", False), ("bfloat16", True), ("float16", True)])
+def test_captured_steps_change_no_number(zoo: Zoo, dtype: str, overlap: bool) -> None:
     """Two engines, one without graphs, under the same traffic, with room for all of it: nothing is computed again."""
 
     def tokens(graphs: bool) -> dict[int, list[RowToken]]:
@@ -38,6 +39,7 @@ def test_captured_steps_change_no_number(zoo: Zoo, dtype: str) -> None:
             device="cuda",
             dtype=dtype,
             decode_graphs=graphs,
+            overlap=overlap,
             prefix_cache=False,
             kv_bytes=None,
             adapter_bytes=None,

@@ -225,7 +225,7 @@ def make_world(
     parts = connect(
         chosen,
         plan,
-        executor=Executor(model, kv, Sampler(frozenset({EOS})), build),
+        executor=Executor(model, kv, Sampler(frozenset({EOS})), build, torch.zeros(chosen.max_rows, dtype=torch.int64)),
         device=lambda pages: device,
         reads=reads,
         send=sent.append,
@@ -233,4 +233,5 @@ def make_world(
         vocab_size=VOCAB,
         max_scores=max_scores,
     )
-    return World(Engine(parts, inbox, lambda: now[0]), parts, model, kv, inbox, sent, reads.asked, ranks, now)
+    engine = Engine(parts, inbox, lambda: now[0], overlap=bool(chosen.overlap))
+    return World(engine, parts, model, kv, inbox, sent, reads.asked, ranks, now)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from adaplex_server.engine.row import Row
+from adaplex_server.model.upload import upload
 
 _Index = tuple[torch.Tensor, torch.Tensor]
 
@@ -27,10 +28,10 @@ def adjust(logits: torch.Tensor, rows: Sequence[Row], eos: frozenset[int]) -> to
     if penalized:
         _penalize(logits, {i: rows[i] for i in penalized})
     if biased:
-        values = torch.tensor([value for _, _, value in biased], dtype=logits.dtype, device=logits.device)
+        values = upload([value for _, _, value in biased], logits.dtype, logits.device)
         logits.index_put_(_index([(i, token) for i, token, _ in biased], logits), values, accumulate=True)
     if banned:
-        logits[_index(banned, logits)] = -torch.inf
+        logits.index_put_(_index(banned, logits), logits.new_full((1,), -torch.inf))
     return logits
 
 
@@ -62,12 +63,12 @@ def _penalize(logits: torch.Tensor, rows: dict[int, Row]) -> None:
         factors += [s.repetition_penalty] * len(tokens)
         addends += [-(s.presence_penalty * (token in counts) + s.frequency_penalty * counts[token]) for token in tokens]
     index = _index(touched, logits)
-    factor = torch.tensor(factors, dtype=logits.dtype, device=logits.device)
+    factor = upload(factors, logits.dtype, logits.device)
     values = logits[index]
     values = torch.where(values > 0, values / factor, values * factor)
-    logits[index] = values + torch.tensor(addends, dtype=logits.dtype, device=logits.device)
+    logits[index] = values + upload(addends, logits.dtype, logits.device)
 
 
 def _index(pairs: Sequence[tuple[int, int]], like: torch.Tensor) -> _Index:
-    both = torch.tensor(pairs, device=like.device).T
+    both = upload(pairs, torch.int64, like.device).T
     return both[0], both[1]

@@ -95,7 +95,8 @@ def assemble(
         base_bytes=base.nbytes(),
         vocab_size=base.config.vocab_size,
     )
-    return Engine(parts, inbox), info
+    overlap = device.type == "cuda" if settings.overlap is None else settings.overlap
+    return Engine(parts, inbox, overlap=overlap), info
 
 
 def _build_parts(
@@ -117,6 +118,7 @@ def _build_parts(
         )
     eos = frozenset(config.eos_token_ids)
     decoder = Decoder(base, adapters, plan.max_context)
+    tokens = torch.zeros(settings.max_rows, dtype=torch.int64, device=device)
     graphs: DecodeGraphs | None = None
     if device.type == "cuda":
         assert settings.max_step_tokens is not None
@@ -124,13 +126,14 @@ def _build_parts(
         warm_up(decoder, settings.page_size, min(settings.max_step_tokens, plan.max_context))
     if device.type == "cuda" and settings.decode_graphs:
         send(Progress("capturing decode steps", 1.0))
-        graphs = DecodeGraphs(decoder, kv, settings.max_rows, plan.max_context)
+        graphs = DecodeGraphs(decoder, kv, settings.max_rows, plan.max_context, tokens)
         graphs.capture_common(_CAPTURE_SECONDS)
     executor = Executor(
         decoder,
         kv,
         Sampler(eos),
         lambda work: build_step(work, settings.page_size, device),
+        tokens,
         graphs,
     )
     memory = AdapterMemory(adapters, source.layout)

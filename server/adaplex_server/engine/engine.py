@@ -1,5 +1,18 @@
 """The loop of the engine process: take messages, make a step, tell what it did.
 
+With `overlap` one step is in flight while the host works: step n+1 is launched before the host has seen what n chose,
+and what n did is committed and told while n+1 runs. Without, each step is settled as soon as it is launched; it is the
+same loop. The order of a pass is what makes it right:
+
+1. `place` and `scrub` before `plan`: adapters and zeroes reach the device before the step that uses them; and they
+   touch nothing that the step in flight uses, as that is held until it is settled (see `Leaving`).
+2. `plan` and `forward` of n+1, fed on the device with the tokens of n.
+3. `settle` and `commit` of n: the only wait. The rows that end here have a wasted place in n+1.
+4. `choose` of n+1, launched behind its forward: penalties, seeds and bans see all tokens up to n.
+
+A message that comes while a step runs is handled before the next `plan`. A device that has no memory for n+1 says so in
+2 or 4: n is settled as always, n+1 is given up and planned again, smaller.
+
 Owns the order of things and the totals; rows are the `Scheduler`'s, adapters the `Residency`'s, the device the
 `Executor`'s. Everything runs in one thread; only reads from the socket and from the store come from others, through
 the inbox.
@@ -13,6 +26,7 @@ from collections.abc import Callable
 
 import torch
 
+from adaplex_server.engine.executor import Forwarded, Launched
 from adaplex_server.engine.host_adapters import AdapterRead
 from adaplex_server.engine.messages import (
     Cancel,
@@ -34,12 +48,18 @@ _STEPS_TO_RECOVER = 256
 
 
 class Engine:
-    """clock: monotonic seconds, the same clock as the deadlines of the messages."""
+    """clock: monotonic seconds, the same clock as the deadlines of the messages. overlap: one step may be in flight."""
 
-    def __init__(self, parts: Parts, inbox: Inbox, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, parts: Parts, inbox: Inbox, clock: Callable[[], float] = time.monotonic, overlap: bool = False
+    ) -> None:
         self.parts = parts
+        self.overlap = overlap
         self._inbox = inbox
         self._clock = clock
+        self._in_flight: Launched | None = None
+        self._last_settled = 0.0
+        self._launched_at = 0.0
         self._steps = 0
         self._step_seconds = 0.0
 
@@ -50,17 +70,23 @@ class Engine:
             busy = self.step()
 
     def step(self) -> bool:
-        """One step; False if there was nothing to do, and there will not be before a message or a deadline."""
+        """One pass; False if there was nothing to do, and there will not be before a message or a deadline."""
         p = self.parts
         p.residency.fetch()
         placed = p.residency.place(self._clock)
         p.executor.scrub(p.pool)
-        work = p.scheduler.plan(self._clock())
-        if work:
-            self._execute(work)
+        began = self._clock()
+        work = p.scheduler.plan(began)
+        forwarded = self._forward(work) if work else None
+        settled = self._settle()
+        if forwarded is not None:
+            self._choose(forwarded)
+            self._launched_at = began
+        if not self.overlap:
+            settled = self._settle()
         p.residency.settle_drops()
-        told = self._tell(stepped=bool(work))
-        return bool(work) or placed or told
+        told = self._tell(settled)
+        return bool(work) or settled or placed or told
 
     def take_messages(self, wait: bool) -> bool:
         """Handle all that has come; with `wait`, sleep until something does or a deadline passes. False: shut down."""
@@ -91,26 +117,46 @@ class Engine:
         elif isinstance(message, AdapterRead):
             p.residency.receive(message)
 
-    def _execute(self, work: list[Work]) -> None:
-        began = self._clock()
+    def _forward(self, work: list[Work]) -> Forwarded | None:
+        """None if the device has no memory for it."""
         try:
-            outcomes = self.parts.executor.run(work)
+            return self.parts.executor.forward(work)
         except torch.OutOfMemoryError:
-            self.parts.scheduler.shrink(work)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return
+            self._abandon(work)
+            return None
+
+    def _choose(self, step: Forwarded) -> None:
+        try:
+            self._in_flight = self.parts.executor.choose(step)
+        except torch.OutOfMemoryError:
+            self._abandon(list(step.work))
+
+    def _abandon(self, work: list[Work]) -> None:
+        self.parts.scheduler.abandon(work)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _settle(self) -> bool:
+        """Wait for the step in flight, if there is one, and commit what it has done."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            return False
+        outcomes = self.parts.executor.settle(step)
         now = self._clock()
-        for one, outcome in zip(work, outcomes, strict=True):
+        for one, outcome in zip(step.work, outcomes, strict=True):
             self.parts.scheduler.commit(one, outcome, now)
         self._steps += 1
-        self._step_seconds += now - began
+        # What it shared with the step before counts as that one's.
+        self._step_seconds += now - max(self._launched_at, self._last_settled)
+        self._last_settled = now
         if self._steps % _STEPS_TO_RECOVER == 0:
             self.parts.scheduler.recover()
+        return True
 
-    def _tell(self, stepped: bool) -> bool:
+    def _tell(self, settled: bool) -> bool:
+        """One message for all that has happened."""
         tokens, ends = self.parts.scheduler.take_events()
-        if stepped or ends:
+        if settled or ends:
             self.parts.send(StepDone(tokens, ends, self.stats()))
         return bool(ends)
 

@@ -1,19 +1,29 @@
-"""One step on the device: batch, forward, sampling. Owns the model, the KV pages' contents and the sampler."""
+"""One step on the device: batch, forward, choice. Owns the model, the KV pages' contents, the sampler, and the buffer
+of chosen tokens.
+
+Everything is launched in one stream and nothing waits but `settle`, so a step may be launched while the one before
+runs. Invariants: `forward` of a step comes after `choose` of the one before, whose tokens it reads from the device;
+`choose` may depend on all tokens before those that it chooses, so the step before is settled by then; one copy of
+token ids a step comes back, behind the step and in front of its event, to pinned memory of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from adaplex_server.engine.chosen import Chosen
 from adaplex_server.engine.page_pool import PagePool
-from adaplex_server.engine.row import Outcome, Work
+from adaplex_server.engine.row import Outcome, Row, Work
 from adaplex_server.engine.sampler import Sampler
-from adaplex_server.engine.step_batch import decode_rows
+from adaplex_server.engine.step_batch import decode_rows, feed
 from adaplex_server.model.batch import StepBatch
 from adaplex_server.model.decode_graphs import Decoded, DecodeGraphs
 from adaplex_server.model.kv_cache import KvCache
+from adaplex_server.model.upload import upload
 
 
 class ForwardModel(Protocol):
@@ -25,10 +35,30 @@ class ForwardModel(Protocol):
 BuildBatch = Callable[[Sequence[Work]], StepBatch]
 
 
-class Executor:
-    """The one caller of the model. Raises torch.OutOfMemoryError when the device has no room for the step.
+@dataclass(frozen=True)
+class Forwarded:
+    """A step whose logits are being computed. best: of each work the likeliest token, or -1, where a graph tells it."""
 
-    graphs: serves the steps in which every row computes one token, where it can.
+    work: Sequence[Work]
+    logits: torch.Tensor
+    best: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step whose tokens are being chosen. chosen: in host memory, to be read when `done` has passed."""
+
+    work: Sequence[Work]
+    chosen: Chosen
+    done: torch.cuda.Event | None
+
+
+class Executor:
+    """The one caller of the model. `forward` and `choose` raise torch.OutOfMemoryError when the device has no room.
+
+    tokens: [rows] int64 on the device, what each place of the last step has chosen: always a token id, also for a row
+    whose numbers are not finite. graphs: serves the steps in which every row computes one token, where it can; it
+    reads and writes the same `tokens`.
     """
 
     def __init__(
@@ -37,25 +67,60 @@ class Executor:
         kv: KvCache,
         sampler: Sampler,
         build: BuildBatch,
+        tokens: torch.Tensor,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._kv = kv
         self._sampler = sampler
         self._build = build
+        self._tokens = tokens
+        self._places: dict[Row, int] = {}
         self.graphs = graphs
 
     @torch.inference_mode()
-    def run(self, work: Sequence[Work]) -> list[Outcome]:
-        """Compute the work; an outcome for each."""
+    def forward(self, work: Sequence[Work]) -> Forwarded:
+        """Compute the work. Tokens that only the device knows are those of the step that was chosen last."""
         decoded = self._replay(work)
-        if decoded is None:
-            return self._sampler(self._model.forward(self._build(work), self._kv), work)
-        outcomes = self._sampler.take_best(decoded.best, work)
-        return self._sampler(decoded.logits, work) if outcomes is None else outcomes
+        if decoded is not None:
+            return Forwarded(work, decoded.logits, decoded.best)
+        batch = self._build(work)
+        feed(batch, work, self._places, self._tokens)
+        return Forwarded(work, self._model.forward(batch, self._kv), None)
+
+    @torch.inference_mode()
+    def choose(self, step: Forwarded) -> Launched:
+        """Choose the step's tokens; all that was chosen before must have been committed to the rows."""
+        work = step.work
+        if step.best is not None and self._sampler.wants_best(work):
+            chosen = Chosen(len(work), tuple(range(len(work))), step.best, step.best)
+        else:
+            chosen = self._sampler(step.logits, work)
+            self._keep(chosen)
+        self._places = {work[place].row: place for place in chosen.places}
+        chosen = chosen.download()
+        if not self._tokens.is_cuda:
+            return Launched(work, chosen, None)
+        done = torch.cuda.Event()
+        done.record()
+        return Launched(work, chosen, done)
+
+    def settle(self, step: Launched) -> list[Outcome]:
+        """Wait for the step: an outcome for each work."""
+        if step.done is not None:
+            step.done.synchronize()
+        return step.chosen.outcomes()
+
+    def _keep(self, chosen: Chosen) -> None:
+        """For the next step to be fed with."""
+        if len(chosen.places) == chosen.count:
+            self._tokens[: chosen.count] = chosen.ids
+        else:
+            index = upload(chosen.places, torch.int64, self._tokens.device)
+            self._tokens.index_copy_(0, index, chosen.ids)
 
     def _replay(self, work: Sequence[Work]) -> Decoded | None:
-        rows = None if self.graphs is None else decode_rows(work)
+        rows = None if self.graphs is None else decode_rows(work, self._places)
         return None if self.graphs is None or rows is None else self.graphs.run(rows)
 
     @torch.inference_mode()
@@ -65,7 +130,7 @@ class Executor:
 
     @torch.inference_mode()
     def scrub(self, pool: PagePool) -> None:
-        """Zero the pages that failed rows gave back, before anybody else gets them."""
+        """Zero the pages that failed rows gave back, before anybody else gets them. No step in flight writes them."""
         dirty = pool.dirty()
         if dirty:
             self._kv.scrub(dirty)

@@ -97,7 +97,7 @@ class Residency:
         """Carry out the drops of revisions that nothing uses any more."""
         for revision in list(self._dropping):
             busy = self._placement.claimed(revision) or self._hosts.reading(revision) or revision in self._arriving
-            if not busy and not self._scheduler.rows_of(revision):
+            if not busy and not self._scheduler.rows_of(revision) and not self._slots.pinned(revision):
                 freed = self._forget(revision)
                 for call in self._dropping.pop(revision):
                     self._send(AdapterDropped(call, revision, freed))

@@ -12,10 +12,16 @@ from adaplex_server.vocabulary import SamplingParams, TokenLogprob
 class Row:
     """A sequence from its Submit to its RowEnd.
 
-    tokens: prompt and generated ones. max_tokens: as asked, or less where the context ends earlier. computed: tokens
-    whose keys and values lie in `pages`. digests: of the full pages so far, for the prefix cache. slot: the adapter's,
-    None for the base or while the row has never run. scores: log-probabilities of the prompt gathered so far.
-    kept_pages: how many of `pages` have been offered to the prefix cache. A preempted row has text and slot, no pages.
+    tokens: prompt and generated ones, as far as the host knows them. max_tokens: as asked, or less where the context
+    ends earlier. pages: only ever extended in place; another list means other pages. digests: of the full pages so far,
+    for the prefix cache. slot: the adapter's, None for the base or while the row has never run. scores:
+    log-probabilities of the prompt gathered so far. kept_pages: how many of `pages` have been offered to the prefix
+    cache. A preempted row has text and slot, no pages.
+
+    A launched step has been planned and given to the device; a settled one has had its outcomes committed. computed:
+    tokens whose keys and values lie in `pages` once every launched step is done. settled: those of settled steps.
+    ahead: tokens that launched steps choose and that the host does not know yet, at most one when a step is planned.
+    unsettled: launched steps with this row that are not settled, also when the row has since been preempted or ended.
     """
 
     id: int
@@ -28,6 +34,9 @@ class Row:
     arrival: int
     max_tokens: int
     computed: int = 0
+    settled: int = 0
+    ahead: int = 0
+    unsettled: int = 0
     pages: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     cached_tokens: int = 0
@@ -43,18 +52,28 @@ class Row:
 
     @property
     def generated(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far that the host knows."""
         return len(self.tokens) - self.prompt_length
 
     @property
+    def length(self) -> int:
+        """Tokens, with those that launched steps choose."""
+        return len(self.tokens) + self.ahead
+
+    @property
     def remaining(self) -> int:
-        """Tokens that must be computed before the next one can be chosen."""
-        return len(self.tokens) - self.computed
+        """Tokens that must be computed before the next one can be chosen; 0 when launched steps do all that is left."""
+        if 0 < self.max_tokens <= self.length - self.prompt_length:
+            return 0
+        return self.length - self.computed
 
     @property
     def scoring(self) -> bool:
-        """The log-probabilities of the prompt are still to be gathered."""
-        return self.sampling.prompt_logprobs is not None and len(self.scores) < self.prompt_length
+        """Log-probabilities of the prompt are wanted that no launched step computes."""
+        if self.sampling.prompt_logprobs is None:
+            return False
+        last = self.prompt_length - 1
+        return len(self.scores) + min(self.computed, last) - min(self.settled, last) < self.prompt_length
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class Work:
 
     logits: of how many of them, counted from the last, the logits are wanted; scores: of how many, counted from the
     first, the logits tell the next prompt token's log-probability. samples: the last one's logits choose a token.
+    fed: the one token is what the step before chooses for this row, and only the device knows it.
     """
 
     row: Row
@@ -71,15 +91,16 @@ class Work:
     logits: int
     scores: int
     samples: bool
+    fed: bool = False
 
 
 def work_on(row: Row, count: int) -> Work:
     """The next `count` tokens of a row, and what is wanted of their logits."""
     start, end = row.computed, row.computed + count
-    samples = end == len(row.tokens) and row.max_tokens > 0
+    samples = end == row.length and row.max_tokens > 0
     if row.scoring:
         return Work(row, start, count, logits=count, scores=min(end, row.prompt_length - 1) - start, samples=samples)
-    return Work(row, start, count, logits=int(samples), scores=0, samples=samples)
+    return Work(row, start, count, logits=int(samples), scores=0, samples=samples, fed=end > len(row.tokens))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The KV pages that rows hold: given when a row begins, one more as it grows, known prefixes first, all given back.
 
-Owns nothing of its own: which page is free or cached is the `PrefixCache`'s, and a row's `pages`, `computed`, `digests`
-and `kept_pages` are the row's. Who gets pages, and who gives them up for others, is the `Scheduler`'s decision.
+Owns nothing of its own: which page is free or cached is the `PrefixCache`'s, and a row's `pages`, `computed`,
+`settled`, `digests` and `kept_pages` are the row's. Pages that a launched step writes go by way of `Leaving`. Who gets
+pages, and who gives them up for others, is the `Scheduler`'s decision.
 """
 
 from __future__ import annotations
 
+from adaplex_server.engine.leaving import Leaving
 from adaplex_server.engine.prefix_cache import PrefixCache
 from adaplex_server.engine.row import Row
 
@@ -13,8 +15,9 @@ from adaplex_server.engine.row import Row
 class RowPages:
     """page_size: tokens of a page."""
 
-    def __init__(self, cache: PrefixCache, page_size: int) -> None:
+    def __init__(self, cache: PrefixCache, leaving: Leaving, page_size: int) -> None:
         self._cache = cache
+        self._leaving = leaving
         self._size = page_size
 
     @property
@@ -35,7 +38,7 @@ class RowPages:
             self._cache.give_back(found)
             return False
         row.pages = found + self._cache.take(needed)
-        row.computed = len(found) * self._size
+        row.computed = row.settled = len(found) * self._size
         return True
 
     def full(self, row: Row) -> bool:
@@ -47,10 +50,10 @@ class RowPages:
         row.pages.extend(self._cache.take(1))
 
     def keep(self, row: Row) -> None:
-        """Offer the pages that have become full to the prefix cache."""
-        if not self._cache.enabled:
+        """Offer the pages that settled steps have filled to the prefix cache."""
+        full = row.settled // self._size
+        if not self._cache.enabled or full == row.kept_pages:
             return
-        full = row.computed // self._size
         self._cache.extend_digests(row.digests, row.revision, row.tokens, full)
         for i in range(row.kept_pages, full):
             self._cache.insert(row.digests[i], row.revision, row.pages[i])
@@ -58,7 +61,10 @@ class RowPages:
 
     def release(self, row: Row) -> None:
         """The row lets go of all its pages; what they held is to be computed again."""
-        self._cache.give_back(row.pages)
+        settled = row.settled // self._size if row.unsettled else len(row.pages)
+        if row.unsettled:
+            self._leaving.hold_pages(row, row.pages[settled:])
+        self._cache.give_back(row.pages[:settled])
         row.pages = []
         row.kept_pages = 0
 
@@ -70,6 +76,6 @@ class RowPages:
         """A running row has the pages that it needs, any other has none."""
         if row.state == "running":
             room = len(row.pages) * self._size
-            assert row.computed <= room <= len(row.tokens) + self._size, "a row has too few or many pages"
+            assert row.settled <= row.computed <= room <= row.length + self._size, "a row has too few or many pages"
         else:
             assert not row.pages and not row.computed, "a row that does not run holds pages"

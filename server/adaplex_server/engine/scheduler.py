@@ -2,7 +2,14 @@
 
 Owns every `Row` from `submit` to its end, and with it the row's pages and pin. A step is `place` (at most one adapter
 to bring to the device), `plan` (which tokens of which rows are computed), the forward, and `commit` for each piece of
-work; what clients must be told is collected until `take_events`.
+work, or `abandon` for all of it; what clients must be told is collected until `take_events`.
+
+A step may be planned while the one before is in flight: planned, but not committed. Its rows count as advanced: a row
+whose token is being chosen decodes on with a token that only the device knows, unless that token is the last one that
+it may have. What the step in flight writes or reads stays held until it is committed, even if its row ends or is
+preempted before (`Leaving`); the outcome is then nobody's. So nothing is planned on a guess: a row that has ended
+without the planner's knowledge (a stop token, not finite) has one wasted place in the next step, whose outcome is
+dropped, and no other row can see it. Steps are committed in the order in which they were planned.
 
 Rows that run keep running: decoding rows first, then prefills in chunks, then new rows while pages last. Where a page
 is missing, the last row in order gives up all of its pages and is computed again later (its text is kept, so it
@@ -23,6 +30,7 @@ from adaplex_adapters.errors import (
     Unavailable,
 )
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
+from adaplex_server.engine.leaving import Leaving
 from adaplex_server.engine.messages import RowEnd, RowToken, Submit
 from adaplex_server.engine.placement import Placement
 from adaplex_server.engine.prefix_cache import PrefixCache
@@ -62,7 +70,8 @@ class Scheduler:
         self.hit_tokens = 0
         self.query_tokens = 0
         self.step_tokens = limits.max_step_tokens
-        self._pages = RowPages(cache, limits.page_size)
+        self._leaving = Leaving(cache, slots)
+        self._pages = RowPages(cache, self._leaving, limits.page_size)
         self._slots = slots
         self._placement = placement
         self._rows: dict[int, Row] = {}
@@ -170,7 +179,7 @@ class Scheduler:
 
     def place(self) -> Reservation | None:
         """An adapter to be written to its slot before the next `plan`, if one is wanted and has room."""
-        return self._placement.place(self._first_orders(), room=len(self._running) < self.limits.max_rows)
+        return self._placement.place(self._first_orders(), room=self._places > 0)
 
     def plan(self, now: float) -> list[Work]:
         """The work of the next step, in the order of the rows; empty when nothing can run."""
@@ -183,16 +192,24 @@ class Scheduler:
             self._admit(budget)
         for row in self._running:
             count = min(row.remaining, budget, scores if row.scoring else budget)
-            if count > 0 and row not in work:
+            if count > 0 and row not in work and not self._pages.full(row):
                 work[row] = work_on(row, count)
                 budget -= count
                 scores -= work[row].scores
-        return sorted(work.values(), key=lambda w: w.row.order)
+        planned = sorted(work.values(), key=lambda w: w.row.order)
+        for one in planned:
+            one.row.computed += one.count
+            one.row.ahead += one.samples
+            one.row.unsettled += 1
+        return planned
 
     def commit(self, work: Work, outcome: Outcome, now: float) -> None:
         """The step has computed this work: note it, and end the row if it is done."""
         row = work.row
-        if self._rows.get(row.id) is not row:
+        row.unsettled -= 1
+        if row.state != "running":
+            # Ended or preempted since; a preempted one does not begin again before this.
+            self._leaving.settle(row, outcome.failed)
             return
         if outcome.failed:
             self._pages.condemn(row)
@@ -201,25 +218,36 @@ class Scheduler:
             )
             self.fail(row, RowFailed(what))
             return
-        row.computed = work.start + work.count
+        row.settled = work.start + work.count
         row.scores.extend(outcome.scores)
         self._pages.keep(row)
         if outcome.token is not None:
+            row.ahead -= 1
             self._accept(row, outcome.token, outcome, now)
-        elif row.max_tokens == 0 and row.remaining == 0:
+        elif row.max_tokens == 0 and row.settled == row.length:
             self._end(row, "length", now=now)
 
-    def shrink(self, work: list[Work]) -> None:
-        """The device had no memory for this work, which was not done: ask for less of it next time. The last half of
-        the rows give up their pages; a row alone gets smaller steps; one that fits in no step ends.
+    def abandon(self, work: list[Work]) -> None:
+        """The device had no memory for this work, which was planned last and was not done: ask for less of it next
+        time. The last half of the rows give up their pages; a row alone gets smaller steps; one that fits in no step
+        ends.
         """
+        for one in work:
+            row = one.row
+            row.unsettled -= 1
+            if row.state == "running":
+                row.computed = one.start
+                row.ahead -= one.samples
+            else:
+                # What was computed of it is not known to be finite.
+                self._leaving.settle(row, failed=True)
         count = len(self._running) // 2
         for row in self._running[len(self._running) - count :]:
             self._preempt(row)
         if count == 0 and self.step_tokens > _LEAST_STEP:
             self.step_tokens //= 2
-        elif count == 0:
-            self.fail(work[0].row, Unavailable("the device has no memory for this request now", retry_after=5.0))
+        elif count == 0 and self._running:
+            self.fail(self._running[0], Unavailable("the device has no memory for this request now", retry_after=5.0))
 
     def recover(self) -> None:
         """Memory has sufficed for a while: steps may grow again."""
@@ -234,9 +262,14 @@ class Scheduler:
         low, high = min(named), max(named)
         return low if low < 0 else high if high >= self.limits.vocab_size else None
 
+    @property
+    def _places(self) -> int:
+        """Rows that may begin now: one that only waits for its last token has no place in the next step."""
+        return self.limits.max_rows - sum(row.remaining > 0 for row in self._running)
+
     def _free_places(self) -> int:
         """Places in the next step that nobody has yet: who is about to take one does not count as waiting."""
-        return max(0, self.limits.max_rows - len(self._running) - len(self._preempted))
+        return max(0, self._places - len(self._preempted))
 
     def _first_orders(self) -> dict[str, tuple[int, int]]:
         return {revision: row.order for revision, row in self._waiting.heads().items()}
@@ -247,12 +280,16 @@ class Scheduler:
             self.fail(row, DeadlineExceeded(f"the deadline passed while the request was {where}"))
 
     def _grow(self, row: Row) -> bool:
-        """A page for the row's next token, by preempting the last row if need be (perhaps this one: then False)."""
+        """A page for the row's next token, by preempting the last row if need be (perhaps this one: then False). False
+        too if a page comes free by itself when the step in flight is settled: then the row stands back for one step.
+        """
         if row.state != "running":
             return False
         if not self._pages.full(row):
             return True
         while self._pages.available < 1:
+            if self._leaving.pages or any(other.remaining == 0 for other in self._running):
+                return False
             victim = self._running[-1]
             self._preempt(victim)
             if victim is row:
@@ -264,16 +301,20 @@ class Scheduler:
         """Begin rows while there are places, pages and tokens for them. A row that finds no pages holds up the others,
         or it might wait for ever.
         """
-        while len(self._running) < self.limits.max_rows and budget > 0:
+        places = self._places
+        while places > 0 and budget > 0:
             row = self._next_row()
             # Some pages are left for running rows to grow.
             if row is None or not self._pages.begin(row, spare=len(self._running)):
                 return
             self._begin(row)
             budget -= row.remaining
+            places -= 1
 
     def _next_row(self) -> Row | None:
         preempted = min(self._preempted, key=lambda row: row.order, default=None)
+        if preempted is not None and preempted.unsettled:
+            return None
         for priority in self._waiting.priorities():
             if preempted is not None and preempted.priority <= priority:
                 return preempted
@@ -296,10 +337,12 @@ class Scheduler:
         self._running.sort(key=lambda r: r.order)
 
     def _preempt(self, row: Row) -> None:
-        """Give up the row's pages but not its slot: slots are then never waited for by a row that has begun."""
+        """Give up the row's pages but not its slot: slots are then never waited for by a row that has begun. A token
+        that is being chosen for it is given up too, and chosen again.
+        """
         self._running.remove(row)
         self._pages.release(row)
-        row.computed = 0
+        row.computed = row.settled = row.ahead = 0
         if row.scoring:
             row.scores = [None]
         row.state = "preempted"
@@ -338,12 +381,12 @@ class Scheduler:
             self._waiting.remove(row)
         row.state = "ended"
         self._pages.release(row)
-        if row.slot is not None and row.revision is not None:
-            self._slots.unpin(row.revision)
+        if row.slot is not None:
+            self._leaving.unpin(row)
         if error is not None:
             self._ends.append(_error_end(row.id, error))
         else:
-            scores = row.scores if row.generated == 0 and row.scores and not row.scoring else None
+            scores = row.scores if row.generated == 0 and len(row.scores) == row.prompt_length else None
             self._ends.append(RowEnd(row.id, reason, stop_token=stop[0], prompt_logprobs=scores, stop_logprob=stop[1]))
         self._note_pace(now)
 
@@ -356,8 +399,8 @@ class Scheduler:
         self._last_end = now
 
     def held_pages(self) -> list[list[int]]:
-        """The pages of every running row (for the pool's audit)."""
-        return [row.pages for row in self._running]
+        """The pages of every running row, and of steps in flight (for the pool's audit)."""
+        return [*(row.pages for row in self._running), *self._leaving.pages]
 
     def check_integrity(self) -> None:
         """Every row is in one place, holds what that place allows, and pins add up."""
@@ -372,13 +415,15 @@ class Scheduler:
         for row in self._rows.values():
             self._pages.check(row)
             if row.state == "running":
-                assert row.remaining > 0 and len(row.tokens) <= self.max_context, "a row has nothing to compute"
+                assert row.remaining > 0 or row.unsettled, "a row has nothing to compute"
+                assert row.length <= self.max_context and 0 <= row.ahead <= row.unsettled, "a row is too far ahead"
             assert (row.slot is not None) == (row.revision is not None and row.state != "waiting"), (
                 "a row's pin is wrong"
             )
+        self._leaving.check_integrity()
         begun = [row for row in self._rows.values() if row.slot is not None]
         for revision in {row.revision for row in begun if row.revision is not None}:
-            pins = sum(row.revision == revision for row in begun)
+            pins = sum(row.revision == revision for row in begun) + self._leaving.pins(revision)
             assert self._slots.pinned(revision) == pins, f"adapter {revision[:12]} has wrong pins"
             held = self._slots.slot(revision)
             assert held is not None and all(r.slot == held.index for r in begun if r.revision == revision), "slot moved"

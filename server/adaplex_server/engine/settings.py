@@ -26,7 +26,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     the model's own. kv_bytes, adapter_bytes: device memory for KV pages and for adapter rank rows; None takes a share
     of what is free. host_adapter_bytes: adapters kept in host memory. max_rank: rank of an adapter at most. threads:
     CPU threads of the model, None for all cores. decode_graphs: on a GPU, replay decode steps as CUDA graphs; they
-    change no number and cost memory and a few seconds at start.
+    change no number and cost memory and a few seconds at start. overlap: launch a step before the host knows what the
+    one before it chose, so that the device does not wait for the host; None on a GPU. It changes no number.
     """
 
     base: str
@@ -49,6 +50,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     threads: int | None = None
     decode_graphs: bool = True
+    overlap: bool | None = None
 
 
 def with_step_tokens(settings: EngineSettings, on_gpu: bool) -> EngineSettings:

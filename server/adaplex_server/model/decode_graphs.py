@@ -4,6 +4,9 @@ Owns the captured graphs, one for each `DecodeShape` that has come up, and their
 step (rows, adapters, pages, contexts) is data on the device, so that nothing is captured again when it changes; the
 shape only fixes how many programs are launched, and those that find nothing to do end at once. A row's numbers do not
 depend on the shape that served it.
+
+A step begins with the tokens that the step before chose, and ends with its own, on the device: it can be launched
+before the host knows either. Steps run one after another in one stream, so one buffer of tokens serves all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adaplex_server.kernels.feed import feed_tokens, likeliest
 from adaplex_server.model.decode_inputs import DecodeInputs, DecodeRows, DecodeShape
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.kv_cache import KvCache
@@ -46,9 +50,13 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """The decoder's captured steps over its KV cache. max_rows: rows of a step at most. max_context: of a row."""
+    """The decoder's captured steps over its KV cache. max_rows: rows of a step at most. max_context: of a row.
 
-    def __init__(self, decoder: Decoder, kv: KvCache, max_rows: int, max_context: int) -> None:
+    tokens: [max_rows] int64, what each place of the last step has chosen, always a token id: rows with a source are fed
+    from it, and a step leaves its likeliest tokens there, in the places of all rows that its shape has.
+    """
+
+    def __init__(self, decoder: Decoder, kv: KvCache, max_rows: int, max_context: int, tokens: torch.Tensor) -> None:
         device = decoder.base.device
         self.replays = 0
         self._decoder = decoder
@@ -64,6 +72,7 @@ class DecodeGraphs:
         self._memory = torch.cuda.graph_pool_handle()
         self._logits = torch.empty(self._rows[-1], decoder.base.config.vocab_size, device=device)
         self._best = torch.empty(self._rows[-1], dtype=torch.int64, device=device)
+        self._tokens = tokens
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -138,8 +147,11 @@ class DecodeGraphs:
     def _capture(self, shape: DecodeShape) -> _Captured:
         """Nothing that a row owns is read or written: the inputs are padding."""
         inputs = DecodeInputs(shape, self._kv.page_size, self._logits.device)
+        chosen = self._tokens.clone()
         # Kernels are compiled and loaded here, which a capture does not allow.
         self._step(inputs, shape)
+        # The step in flight has chosen tokens that the next one is yet to be fed.
+        self._tokens.copy_(chosen)
         torch.cuda.synchronize(self._logits.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
@@ -153,10 +165,9 @@ class DecodeGraphs:
 
     def _step(self, inputs: DecodeInputs, shape: DecodeShape) -> None:
         plan = self._decoder.lora_plan(inputs.tiles) if shape.tiles else None
-        logits = self._logits[: shape.rows].copy_(self._decoder.compute(inputs.batch, self._kv, plan))
-        # A sum along the row is finite exactly when every logit is: cheaper than a mask of the whole matrix.
-        finite = torch.isfinite(logits.sum(-1))
-        self._best[: shape.rows] = logits.argmax(-1).masked_fill_(~finite, -1)
+        feed_tokens(inputs.batch.tokens, inputs.sources, self._tokens)
+        logits = self._decoder.compute(inputs.batch, self._kv, plan)
+        likeliest(logits, *(whole[: shape.rows] for whole in (self._logits, self._best, self._tokens)))
 
 
 def _tile_counts(rows: int) -> tuple[int, ...]:

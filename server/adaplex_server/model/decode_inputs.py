@@ -2,10 +2,14 @@
 
 A step has as many rows as its shape allows; those beyond the batch are padding: one visible position, which is page
 0's zeros, no adapter, and a negative place for their key and value, which the kernels do not write.
+
+The pinned memory may be filled for a step while the step before runs: the copy waits in the stream, and `fill` for the
+step after waits until that copy has been made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,17 +18,23 @@ import torch
 from adaplex_server.kernels.lora_tiles import SMALL_TILE, LoraTiles, decode_tiles
 from adaplex_server.model.batch import NO_ADAPTER, StepBatch
 
+GIVEN = -1
+"""The source of a row whose token the host gives."""
+
 
 @dataclass(frozen=True)
 class DecodeRows:
     """Rows that compute one token each. Of each row: the token, its position, the row's KV pages (at least those up to
-    that position), and its adapter slot or NO_ADAPTER.
+    that position; the same list until it stands for other pages, but for new ones at its end), its adapter slot or
+    NO_ADAPTER, and the source of its token: GIVEN, or its place in the step before, which chooses it (`tokens` is then
+    unused). No sources: all are given.
     """
 
     tokens: list[int]
     positions: list[int]
     pages: list[list[int]]
     slots: list[int]
+    sources: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,15 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Views of one int64 buffer: the first three [R] int64, the others int32 as in `StepBatch` and `LoraTiles`."""
+    """Views of one int64 buffer: the first three [R] int64, the others int32 as in `StepBatch` and `LoraTiles`.
+    sources: [R], as in `DecodeRows`.
+    """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     kv_slots: torch.Tensor
     contexts: torch.Tensor
+    sources: torch.Tensor
     slots: torch.Tensor
     order: torch.Tensor
     tiles: torch.Tensor
@@ -55,19 +68,21 @@ class _Parts:
     @staticmethod
     def length(shape: DecodeShape, width: int) -> int:
         """Of the buffer, in int64."""
-        return 3 * shape.rows + -(-((3 + width) * shape.rows + 3 * shape.tiles) // 2)
+        return 3 * shape.rows + -(-((4 + width) * shape.rows + 3 * shape.tiles) // 2)
 
     @staticmethod
     def of(buffer: torch.Tensor, shape: DecodeShape, width: int) -> _Parts:
         rows, tiles = shape.rows, 3 * shape.tiles
-        sizes = [rows, rows, rows, tiles, rows * width]
-        contexts, slots, order, tile, table = buffer[3 * rows :].view(torch.int32)[: sum(sizes)].split(sizes)
+        sizes = [rows, rows, rows, rows, tiles, rows * width]
+        contexts, sources, slots, order, tile, table = buffer[3 * rows :].view(torch.int32)[: sum(sizes)].split(sizes)
         tokens, positions, kv_slots = buffer[: 3 * rows].split(rows)
-        return _Parts(tokens, positions, kv_slots, contexts, slots, order, tile.view(-1, 3), table.view(rows, width))
+        return _Parts(
+            tokens, positions, kv_slots, contexts, sources, slots, order, tile.view(-1, 3), table.view(rows, width)
+        )
 
 
 class DecodeInputs:
-    """Owns one shape's pinned memory and device memory. `batch` and `tiles` are views of the latter."""
+    """Owns one shape's pinned memory and device memory. `batch`, `tiles` and `sources` are views of the latter."""
 
     def __init__(self, shape: DecodeShape, page_size: int, device: torch.device) -> None:
         rows, width = shape.rows, -(-shape.context // page_size)
@@ -78,11 +93,15 @@ class DecodeInputs:
         self._copied = torch.cuda.Event() if on_gpu else None
         host = _Parts.of(self._pinned, shape, width)
         self._host = {part.name: getattr(host, part.name).numpy() for part in fields(_Parts)}
-        self._pages: list[list[int]] = [[] for _ in range(rows)]
+        # Of each row the list whose pages are in the table, and how many of them.
+        self._pages: list[list[int] | None] = [None] * rows
+        self._counts = [0] * rows
         self._slots: list[int] | None = None
         self._used = rows
+        self._every = np.arange(rows)
         parts = _Parts.of(self._device, shape, width)
         self.batch = _batch(parts, shape)
+        self.sources = parts.sources
         self.tiles = LoraTiles(parts.order, parts.tiles, SMALL_TILE, shape.rank_pages)
         self.fill(DecodeRows([], [], [], []))
 
@@ -95,13 +114,13 @@ class DecodeInputs:
         positions = np.array(rows.positions, dtype=np.int64)
         host["positions"][:count] = positions
         host["contexts"][:count] = positions + 1
+        host["sources"][:count] = rows.sources or GIVEN
         table = host["table"]
         for row, pages in enumerate(rows.pages):
-            if pages != self._pages[row]:
-                fitting = pages[: table.shape[1]]
-                table[row, : len(fitting)] = fitting
-                self._pages[row] = list(pages)
-        host["kv_slots"][:count] = table[np.arange(count), positions // size].astype(np.int64) * size + positions % size
+            if pages is not self._pages[row] or len(pages) != self._counts[row]:
+                self._place_pages(row, pages)
+        page, offset = np.divmod(positions, size)
+        host["kv_slots"][:count] = table[self._every[:count], page].astype(np.int64) * size + offset
         self._pad(count)
         if rows.slots != self._slots:
             self._place_adapters(rows.slots)
@@ -109,16 +128,24 @@ class DecodeInputs:
         if self._copied is not None:
             self._copied.record()
 
+    def _place_pages(self, row: int, pages: list[int]) -> None:
+        first = self._counts[row] if pages is self._pages[row] else 0
+        line = self._host["table"][row]
+        fitting = pages[first : len(line)]
+        line[first : first + len(fitting)] = fitting
+        self._pages[row], self._counts[row] = pages, len(pages)
+
     def _pad(self, count: int) -> None:
         """Rows from `count` on that the last batch used."""
         host, rest = self._host, slice(count, self._used)
         self._used = count
         host["tokens"][rest] = host["positions"][rest] = 0
+        host["sources"][rest] = GIVEN
         host["kv_slots"][rest] = -1
         host["contexts"][rest] = 1
         host["table"][rest, 0] = 0
         for row in range(rest.start, rest.stop):
-            self._pages[row] = []
+            self._pages[row] = None
 
     def _place_adapters(self, slots: list[int]) -> None:
         host = self._host

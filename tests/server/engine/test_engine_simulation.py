@@ -70,7 +70,8 @@ def check_alone(world: World, submit: Submit) -> None:
         )
 
 
-def life(seed: int, events: int) -> World:
+def life(seed: int, events: int, overlap: bool) -> World:
+    """overlap: each step is launched before the tokens of the one before are known; the texts are the same."""
     rng = random.Random(seed)
     world = make_world(
         RANKS,
@@ -83,6 +84,7 @@ def life(seed: int, events: int) -> World:
         max_step_tokens=rng.choice([16, 19, 40]),
         host_adapter_bytes=rng.choice([100, 250, 10_000]),
         prefix_cache=rng.random() < 0.7,
+        overlap=overlap,
     )
     submits: dict[int, Submit] = {}
     calls = 0
@@ -121,14 +123,16 @@ def life(seed: int, events: int) -> World:
     return world
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_lives(seed: int) -> None:
-    life(seed, events=260)
+def test_random_lives(seed: int, overlap: bool) -> None:
+    life(seed, events=260, overlap=overlap)
 
 
-def test_the_lives_reach_what_they_are_for() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_lives_reach_what_they_are_for(overlap: bool) -> None:
     """Preemption, eviction, prefix hits, overload, deadlines and failed rows all happen in these lives."""
-    worlds = [life(seed, events=200) for seed in (100, 101, 102, 103, 104, 105)]
+    worlds = [life(seed, events=200, overlap=overlap) for seed in (100, 101, 102, 103, 104, 105)]
     stats = [world.engine.stats() for world in worlds]
     assert sum(s.preemptions for s in stats) > 5
     assert sum(s.adapter_evictions for s in stats) > 20

@@ -14,7 +14,7 @@ from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.step_batch import build_step
 from adaplex_server.model.batch import StepBatch
 from adaplex_server.model.decode_graphs import Decoded
-from adaplex_server.model.decode_inputs import DecodeRows
+from adaplex_server.model.decode_inputs import GIVEN, DecodeRows
 from adaplex_server.model.kv_cache import KvCache
 from adaplex_server.vocabulary import SamplingParams
 
@@ -53,7 +53,8 @@ def executor(graphs: Graphs | None) -> tuple[Executor, Model]:
     model = Model()
     kv = KvCache.allocate(1, 8, PAGE, 1, 4, torch.float32, CPU)
     built = lambda work: build_step(work, PAGE, CPU)  # noqa: E731
-    return Executor(model, kv, Sampler(frozenset({EOS})), built, graphs), model  # type: ignore[arg-type]
+    chosen = torch.zeros(8, dtype=torch.int64)
+    return Executor(model, kv, Sampler(frozenset({EOS})), built, chosen, graphs), model  # type: ignore[arg-type]
 
 
 def decoding(count: int, slot: int | None = None, sampling: dict[str, Any] | None = None) -> Work:
@@ -64,7 +65,7 @@ def decoding(count: int, slot: int | None = None, sampling: dict[str, Any] | Non
 
 
 def tokens(made: Executor, work: Sequence[Work]) -> list[int | None]:
-    return [None if outcome.failed else outcome.token for outcome in made.run(work)]
+    return [None if outcome.failed else outcome.token for outcome in made.settle(made.choose(made.forward(work)))]
 
 
 def test_greedy_rows_take_the_token_that_the_replay_chose() -> None:
@@ -72,7 +73,7 @@ def test_greedy_rows_take_the_token_that_the_replay_chose() -> None:
     made, model = executor(graphs)
     assert tokens(made, [decoding(1), decoding(1, slot=2), decoding(1)]) == [4, 0, None]
     assert model.steps == 0
-    assert graphs.seen == [DecodeRows([0, 0, 0], [5, 5, 5], [[2, 5]] * 3, [-1, 2, -1])]
+    assert graphs.seen == [DecodeRows([0, 0, 0], [5, 5, 5], [[2, 5]] * 3, [-1, 2, -1], [GIVEN] * 3)]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return make_zoo(tmp_path_factory.mktemp("zoo"))
 
 
-def test_mixed_is_solo(zoo: Zoo) -> None:
-    traffic, base = Traffic.start(zoo, settings_for(zoo))
+@pytest.mark.parametrize("overlap", [False, True])
+def test_mixed_is_solo(zoo: Zoo, overlap: bool) -> None:
+    traffic, base = Traffic.start(zoo, settings_for(zoo, overlap=overlap))
     random_rounds(traffic, zoo, rounds=200)
     verdict = compare(traffic, Oracle(zoo, base, torch.device("cpu")), tie=1e-3, close=1e-3)
     stats = traffic.engine.stats()

@@ -34,7 +34,7 @@ def make_row(sampling: dict[str, Any], prompt: tuple[int, ...] = (1, 5), generat
 
 
 def sample(logits: torch.Tensor, rows: list[Row]) -> list[Outcome]:
-    return Sampler(EOS)(logits, [Work(row, len(row.tokens) - 1, 1, 1, 0, True) for row in rows])
+    return Sampler(EOS)(logits, [Work(row, len(row.tokens) - 1, 1, 1, 0, True) for row in rows]).outcomes()
 
 
 def naive_probabilities(logits: torch.Tensor, row: Row) -> list[float]:
@@ -209,7 +209,7 @@ def test_prompt_scores_come_in_any_chunks() -> None:
         for start in range(0, 20, size):
             count = min(size, 20 - start)
             work = Work(row, start, count, count, min(start + count, 19) - start, start + count == 20)
-            outcome = Sampler(EOS)(logits[start : start + count], [work])[0]
+            outcome = Sampler(EOS)(logits[start : start + count], [work]).outcomes()[0]
             scores += outcome.scores
         assert outcome.token is not None and len(scores) == 19
         wanted = [float(raw[i, prompt[i + 1]]) for i in range(19)]
