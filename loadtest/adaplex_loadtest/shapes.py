@@ -45,6 +45,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 130000.0,
         "tie_word_embeddings": True,
     },
+    # For tests: it does all that the others do, in no time.
+    "tiny": _LLAMA
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 256,
+        "max_position_embeddings": 2048,
+    },
     # SmolLM2-135M.
     "135m": _LLAMA
     | {

@@ -77,6 +77,15 @@ class ServerSettings(BaseModel):
         int | None, Field(title="Base model", ge=1, description="CPU threads of the model; all cores unless given.")
     ] = None
 
+    weight_cache: Annotated[
+        bool,
+        Field(
+            title="Base model",
+            description="On a GPU, keep the weights as they lie in its memory in the user's cache folder, so that the "
+            "next start is quicker (as many bytes as the base takes).",
+        ),
+    ] = True
+
     adapters: Annotated[
         Path | None,
         Field(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adaplex_adapters.errors import StartupError
+from adaplex_server.bases.cache import cache_root
 from adaplex_server.bases.locate import locate_base
 from adaplex_server.caller import Limits
 from adaplex_server.cli.demo import demo_adapters
@@ -93,6 +94,7 @@ def engine_settings(settings: ServerSettings, base: Path, name: str, folder: Pat
         max_rank=settings.max_rank,
         prefix_cache=settings.prefix_cache,
         threads=settings.threads,
+        weight_cache=str(cache_root() / "weights") if settings.weight_cache else None,
     )
 
 

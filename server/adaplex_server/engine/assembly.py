@@ -14,6 +14,7 @@ from adaplex_adapters.errors import StartupError
 from adaplex_adapters.spec import LoraAdapter
 from adaplex_adapters.store import AdapterStore
 from adaplex_server.engine.adapter_source import AdapterSource
+from adaplex_server.engine.base_source import obtain_base
 from adaplex_server.engine.engine import Engine, Inbox
 from adaplex_server.engine.executor import Executor
 from adaplex_server.engine.host_adapters import AdapterReader
@@ -28,7 +29,7 @@ from adaplex_server.engine.settings import EngineSettings, with_step_tokens
 from adaplex_server.engine.step_batch import build_step
 from adaplex_server.model.adapter_image import RANK_PAGE, ImageLayout
 from adaplex_server.model.adapter_pool import AdapterPool, allocate_pool, bytes_per_page
-from adaplex_server.model.base import Base, load_base
+from adaplex_server.model.base import Base
 from adaplex_server.model.config import ModelConfig, read_config
 from adaplex_server.model.decode_graphs import DecodeGraphs
 from adaplex_server.model.decoder import Decoder
@@ -48,21 +49,16 @@ def start_engine(settings: EngineSettings, inbox: Inbox, send: Send) -> tuple[En
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     device = choose_device(settings.device)
     config = read_config(Path(settings.base), settings.base_name)
-    base = load_base(
-        Path(settings.base),
-        config=config,
-        quantize=settings.quantize,
-        double_quant=settings.double_quant,
-        dtype=choose_dtype(settings.dtype, config.dtype, device),
-        device=device,
-        progress=lambda text, fraction: send(Progress(text, fraction)),
-    )
+    dtype = choose_dtype(settings.dtype, config.dtype, device)
+    base, keep = obtain_base(settings, config, dtype, device, lambda text, fraction: send(Progress(text, fraction)))
     store, shape = AdapterStore(Path(settings.store)), base_shape(config)
     images = None
     if device.type == "cuda":
         layout = ImageLayout.of(config, pool_dtype(base.dtype, device))
         images = ImageFiles(Path(settings.store) / "images", layout, store.revisions())
-    return assemble(settings, base, lambda revision: store.read(revision, shape), inbox, send, images)
+    ready = assemble(settings, base, lambda revision: store.read(revision, shape), inbox, send, images)
+    keep()
+    return ready
 
 
 def assemble(

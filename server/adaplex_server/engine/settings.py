@@ -28,6 +28,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     CPU threads of the model, None for all cores. decode_graphs: on a GPU, replay decode steps as CUDA graphs; they
     change no number and cost memory and a few seconds at start. overlap: launch a step before the host knows what the
     one before it chose, so that the device does not wait for the host; None on a GPU. It changes no number.
+    weight_cache: folder in which the weights are kept as a GPU has them, None for nowhere.
     """
 
     base: str
@@ -51,6 +52,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     decode_graphs: bool = True
     overlap: bool | None = None
+    weight_cache: str | None = None
 
 
 def with_step_tokens(settings: EngineSettings, on_gpu: bool) -> EngineSettings:
