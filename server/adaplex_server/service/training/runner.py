@@ -1,0 +1,201 @@
+"""`JobRunner` trains queued jobs one after another, each in a process of its own, and says what became of it.
+
+Whatever dies (this process, the trainer, the machine), a job that was under way is queued again at the next start and
+goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from adaplex_adapters.durable import disk_errors
+from adaplex_adapters.errors import AdaplexError, Conflict
+from adaplex_server.service.training import told
+from adaplex_server.service.training.ledger import Ledger
+from adaplex_server.service.training.settings import TrainingSettings
+from adaplex_server.service.training.trainer_process import PAUSED, REFUSED, TrainerProcess
+from adaplex_server.service.training.types import Checkpoint, Job, JobError, Told, word
+
+log = logging.getLogger(__name__)
+_POLL_SECONDS = 0.5
+
+Register = Callable[[str, Path], Awaitable[str]]
+
+
+class JobRunner:
+    """register(name, folder): serve a trained folder under a name; returns its revision."""
+
+    def __init__(self, settings: TrainingSettings, ledger: Ledger, register: Register) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._register = register
+        self._wake = asyncio.Event()
+        self._running: tuple[str, TrainerProcess] | None = None
+        self._closing = False
+        self._worker = asyncio.create_task(self._work(), name="fine-tuning")
+
+    def wake(self) -> None:
+        """A job has been queued."""
+        self._wake.set()
+
+    def interrupt(self, job_id: str, *, kill: bool) -> None:
+        """If this job is being trained, end its process: at once, or after it has kept a checkpoint."""
+        if self._running and self._running[0] == job_id:
+            self._running[1].kill() if kill else self._running[1].pause()
+
+    async def close(self) -> None:
+        """Have the running job keep a checkpoint; it goes on at the next start."""
+        self._closing = True
+        self._wake.set()
+        if self._running:
+            self._running[1].pause()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._worker
+
+    async def _work(self) -> None:
+        while not self._closing:
+            queued = [job for job in self._ledger.rows.jobs() if job.status == "queued"]
+            if not queued:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            job = min(queued, key=lambda one: (one.created, one.id))
+            try:
+                await self._train(job)
+            except Conflict:  # it was paused or cancelled meanwhile
+                continue
+            except AdaplexError as error:
+                await self._fail(job.id, JobError(error.code or "error", error.message, error.param))
+            except Exception:
+                log.exception("a bug: the job %s could not be run", job.id)
+                await self._fail(job.id, JobError("internal_error", "the server has a bug; its log has the trace"))
+
+    async def _train(self, job: Job) -> None:
+        """One life of a job's process, from its start to what its end means. Raises Conflict when a client has changed
+        the job's state meanwhile.
+        """
+        folder = self._ledger.job_folder(job.id)
+        await asyncio.to_thread(self._prepare, job, folder)
+        said = word("The job goes on." if job.attempts else "The job is being trained.")
+        began, attempts = job.started or time.time(), job.attempts + 1
+        job = await self._ledger.edit(job.id, said, only={"queued"}, status="running", started=began, attempts=attempts)
+        process = await TrainerProcess.start(self._settings.command, folder, self._settings.memory)
+        self._running = (job.id, process)
+        if self._closing or self._ledger.rows.job(job.id).status != "running":
+            process.pause()
+        ending = asyncio.create_task(process.ended())
+        last: told.Line | None = None
+        try:
+            while not ending.done():
+                await asyncio.wait({ending}, timeout=_POLL_SECONDS)
+                last = await self._listen(job.id) or last
+        finally:
+            process.kill()
+            self._running = None
+        last = await self._listen(job.id) or last
+        await self._settle(self._ledger.rows.job(job.id), folder, ending.result(), last, process.tail)
+
+    async def _settle(self, job: Job, folder: Path, code: int, last: told.Line | None, tail: str) -> None:
+        """What the end of a job's process means."""
+        if job.status == "cancelled":
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        elif job.status != "running":
+            return
+        elif code == 0 and last is not None and last.kind == "done":
+            await self._finish(job, folder, last)
+        elif code == PAUSED:
+            said = word("The trainer was stopped; the job goes on later.")
+            await self._ledger.edit(job.id, said, only={"running"}, status="queued", attempts=job.attempts - 1)
+        elif code == REFUSED and last is not None and last.kind == "failed":
+            await self._fail(job.id, JobError(last.code, last.message, last.param))
+        else:
+            await self._crashed(job, code, tail)
+
+    async def _crashed(self, job: Job, code: int, tail: str) -> None:
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        log.error("the trainer of %s ended with %s; it printed last:\n%s", job.id, how, tail)
+        if job.attempts >= self._settings.attempts:
+            message = f"the trainer crashed {job.attempts} times, at last with {how}; perhaps it needs more memory"
+            await self._fail(job.id, JobError("trainer_crashed", message))
+            return
+        said = word(f"The trainer ended with {how}; it is started again from its last checkpoint.", "warn")
+        await self._ledger.edit(job.id, said, only={"running"}, status="queued")
+        await asyncio.sleep(self._settings.retry_seconds)
+
+    async def _finish(self, job: Job, folder: Path, last: told.Line) -> None:
+        """Register the result if it is wanted, keep its files, and only then say that the job has succeeded."""
+        words, revision = [], None
+        if last.better_than_base or job.register_worse:
+            revision = await self._register(job.adapter, folder / "result")
+            words.append(word(f"The adapter is served as '{job.adapter}'."))
+        else:
+            what = "On the held-out rows the adapter is no better than the base, so it is not served"
+            words.append(word(f"{what}; register_worse: true would serve it.", "warn"))
+        kept = await asyncio.to_thread(self._keep_files, folder / "result", last.files)
+        words.append(word("The job has successfully completed."))
+        await self._ledger.edit(
+            job.id, *words, only={"running"}, status="succeeded", finished=time.time(), revision=revision,
+            result_files=kept, estimated_finish=None,
+        )  # fmt: skip
+
+    def _keep_files(self, folder: Path, names: list[str]) -> tuple[str, ...]:
+        kept = []
+        for name in names:
+            source = folder / Path(name).name
+            if source.is_file():
+                kept.append(self._ledger.files.take(source, source.name, "fine-tune-results").id)
+        return tuple(kept)
+
+    async def _listen(self, job_id: str) -> told.Line | None:
+        """Record what the trainer has said since the last time; its last line."""
+        path = self._ledger.job_folder(job_id) / "events.jsonl"
+        batch = await asyncio.to_thread(told.read_lines, path, self._ledger.rows.job(job_id).consumed)
+        if not batch.lines:
+            return None
+        words: list[Told] = []
+        checkpoints: list[Checkpoint] = []
+        fields: dict[str, Any] = {"consumed": batch.end}
+        for line, raw in zip(batch.lines, batch.raw, strict=True):
+            if line.kind == "message":
+                words.append(Told(line.time, line.level, "message", line.message))
+            elif line.kind == "metrics":
+                data = {name: value for name, value in raw.items() if name not in ("kind", "time")}
+                words.append(Told(line.time, "info", "metrics", f"Step {line.step}", data))
+                if line.seconds_left is not None:
+                    fields["estimated_finish"] = line.time + line.seconds_left
+            elif line.kind == "checkpoint":
+                metrics = {name: value for name, value in line.metrics.items() if value is not None}
+                checkpoints.append(Checkpoint(job_id, line.step, line.time, metrics))
+            tokens = line.trained_tokens if line.trained_tokens is not None else line.tokens
+            if tokens is not None:
+                fields["trained_tokens"] = tokens
+        await self._ledger.edit(job_id, *words, checkpoints=checkpoints, **fields)
+        return batch.lines[-1]
+
+    async def _fail(self, job_id: str, error: JobError) -> None:
+        said = word(f"The job failed: {error.message}", "error")
+        now = time.time()
+        await self._ledger.edit(job_id, said, status="failed", finished=now, error=error, estimated_finish=None)
+
+    def _prepare(self, job: Job, folder: Path) -> None:
+        """The job's folder, as its process wants to find it."""
+        validation = job.validation_file and str(self._ledger.files.path(job.validation_file))
+        told_job = {
+            "data": str(self._ledger.files.path(job.training_file)),
+            "validation": validation,
+            "base": str(self._settings.base),
+            "base_name": self._settings.base_name,
+            "options": {**job.options, "seed": job.seed},
+            "device": self._settings.device,
+        }
+        with disk_errors("Preparing the job"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / "job.json").write_text(json.dumps(told_job))

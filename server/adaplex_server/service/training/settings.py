@@ -1,0 +1,24 @@
+"""What training as a service is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaplex_server.service.training.trainer_process import COMMAND
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """folder: of files and jobs. base: the checkpoint that is served, and its name. memory: bytes of the trainer at
+    most. attempts: starts of a process that crashes, before its job fails.
+    """
+
+    folder: Path
+    base: Path
+    base_name: str
+    device: str = "auto"
+    memory: int | None = None
+    attempts: int = 3
+    retry_seconds: float = 5.0
+    command: tuple[str, ...] = COMMAND

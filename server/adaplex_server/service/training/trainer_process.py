@@ -1,0 +1,75 @@
+"""The process that trains one job: started beside the engine with less right to the CPU and a memory limit of its own.
+
+What it does is told through the job's folder (`events.jsonl`), so that nothing is lost when either side dies; its
+standard input is a pipe that ends with this process, and so does the trainer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import sys
+from collections import deque
+from pathlib import Path
+
+COMMAND = (sys.executable, "-m", "adaplex_server.cli.train_job")
+REFUSED, PAUSED = 3, 75
+_NICE = 10
+_TAIL_LINES = 20
+
+
+class TrainerProcess:
+    """A running trainer. Made by `start`; `ended` is to be awaited exactly once."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._reading = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(cls, command: tuple[str, ...], folder: Path, memory: int | None) -> TrainerProcess:
+        """Start training on a job's folder. memory: bytes of address space at most. Raises OSError."""
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            str(folder),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)
+        if memory is not None:
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (memory, memory))
+        return cls(process)
+
+    @property
+    def tail(self) -> str:
+        """The last lines that it printed."""
+        return "\n".join(self._tail)
+
+    def pause(self) -> None:
+        """Ask it to keep a checkpoint and end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    async def ended(self) -> int:
+        """Its exit code, or minus the signal that killed it."""
+        try:
+            code = await self._process.wait()
+            await asyncio.wait({self._reading}, timeout=1.0)
+        finally:
+            self._reading.cancel()
+        return code
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.returncode is None:
+            self._process.send_signal(number)
+
+    async def _read(self) -> None:
+        assert self._process.stdout
+        async for line in self._process.stdout:
+            self._tail.append(line.decode("utf-8", "replace").rstrip()[:500])

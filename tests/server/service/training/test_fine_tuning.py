@@ -1,0 +1,201 @@
+"""Jobs through a real process that only pretends to train."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from adaplex_adapters.errors import Conflict, InvalidAdapter, NotFound
+from adaplex_server.service.training import runner
+from adaplex_server.service.training.fine_tuning import FineTuning
+from adaplex_server.service.training.settings import TrainingSettings
+from adaplex_server.service.training.types import Job
+
+COMMAND = (sys.executable, str(Path(__file__).parent / "fake_trainer.py"))
+
+
+class World:
+    """A service's folder, and the adapters that were registered."""
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = TrainingSettings(
+            folder=folder, base=folder / "base", base_name="tiny", command=COMMAND, retry_seconds=0.0
+        )
+        self.registered: dict[str, Path] = {}
+        self.refusal: Exception | None = None
+        self.tuning = FineTuning(self.settings, self.register)
+
+    async def register(self, name: str, folder: Path) -> str:
+        if self.refusal:
+            raise self.refusal
+        self.registered[name] = folder
+        return "ab" * 32
+
+    async def again(self) -> None:
+        self.tuning = FineTuning(self.settings, self.register)
+        await self.tuning.open()
+
+    def upload(self) -> str:
+        path = self.settings.folder / "upload"
+        path.write_text('{"prompt": "a", "completion": "b"}\n')
+        return self.tuning.files.take(path, "train.jsonl", "fine-tune").id
+
+    async def create(self, **options: Any) -> Job:
+        worse = options.pop("register_worse", False)
+        return await self.tuning.create(
+            training_file=self.upload(), validation_file=None, adapter="made", options=options, seed=1,
+            register_worse=worse, owner=None, metadata={},
+        )  # fmt: skip
+
+    async def ended(self, job: Job) -> Job:
+        async with asyncio.timeout(20):
+            async for _ in self.tuning.watch(job.id):
+                pass
+        return self.tuning.rows.job(job.id)
+
+    def words(self, job: Job) -> list[str]:
+        return [event.told.message for event in self.tuning.rows.events(job.id) if event.told.kind == "message"]
+
+    def steps(self, job: Job) -> list[int]:
+        events = self.tuning.rows.events(job.id)
+        return [event.told.data["step"] for event in events if event.told.kind == "metrics"]
+
+
+@pytest_asyncio.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.02)
+    made = World(tmp_path)
+    await made.tuning.open()
+    yield made
+    await made.tuning.close()
+
+
+async def until(world: World, job: Job, status: str) -> None:
+    async with asyncio.timeout(10):
+        while world.tuning.rows.job(job.id).status != status:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_job_is_trained_registered_and_told(world: World) -> None:
+    job = await world.create()
+    done = await world.ended(job)
+    assert (done.status, done.revision, done.trained_tokens) == ("succeeded", "ab" * 32, 1000)
+    assert world.registered == {"made": world.settings.folder / "jobs" / job.id / "result"}
+    assert world.steps(job) == [1, 2, 3]
+    assert [one.step for one in world.tuning.rows.checkpoints(job.id)] == [3, 2, 1]
+    (report,) = done.result_files
+    assert world.tuning.files.path(report).read_text() == "<p>fine"
+    assert world.tuning.rows.file(report).purpose == "fine-tune-results"
+
+
+async def test_a_trainer_that_dies_goes_on_from_its_checkpoint(world: World) -> None:
+    job = await world.create(crash=2)
+    done = await world.ended(job)
+    assert done.status == "succeeded" and done.attempts == 2
+    assert world.steps(job) == [1, 2, 3]
+    assert any("signal 9" in words for words in world.words(job))
+
+
+async def test_a_trainer_that_always_dies_fails_the_job(world: World) -> None:
+    done = await world.ended(await world.create(crash="always"))
+    assert done.status == "failed" and done.error is not None
+    assert done.error.code == "trainer_crashed" and done.attempts == 3
+
+
+async def test_a_refusal_is_told_in_the_trainers_words(world: World) -> None:
+    done = await world.ended(await world.create(refuse=True))
+    assert done.error is not None
+    assert (done.status, done.error.param, done.error.message) == ("failed", "training_file", "line 3 is not JSON")
+
+
+async def test_a_result_worse_than_the_base_is_served_only_if_asked_for(world: World) -> None:
+    done = await world.ended(await world.create(worse=True))
+    assert (done.status, done.revision, world.registered) == ("succeeded", None, {})
+    done = await world.ended(await world.create(worse=True, register_worse=True))
+    assert done.revision and set(world.registered) == {"made"}
+
+
+async def test_an_adapter_that_is_refused_fails_the_job(world: World) -> None:
+    world.refusal = InvalidAdapter("NaN in q_proj")
+    done = await world.ended(await world.create())
+    assert done.error is not None and done.error.code == "invalid_adapter"
+
+
+async def test_pause_and_resume(world: World) -> None:
+    job = await world.create(steps=50, pace=0.03)
+    await until(world, job, "running")
+    await asyncio.sleep(0.2)
+    await world.tuning.pause(job.id)
+    assert (await world.ended(job)).status == "paused"
+    await asyncio.sleep(0.2)
+    before = len(world.steps(job))
+    await world.tuning.resume(job.id)
+    assert (await world.ended(job)).status == "succeeded"
+    assert world.steps(job) == list(range(1, 51)) and before < 50
+    with pytest.raises(Conflict):
+        await world.tuning.pause(job.id)
+
+
+async def test_cancel_ends_at_once_and_clears_up(world: World) -> None:
+    waiting = [await world.create(steps=500, pace=0.02) for _ in range(2)]
+    await until(world, waiting[0], "running")
+    for job in reversed(waiting):
+        assert (await world.tuning.cancel(job.id)).status == "cancelled"
+    async with asyncio.timeout(5):
+        while (world.settings.folder / "jobs" / waiting[0].id).exists():
+            await asyncio.sleep(0.01)
+    assert world.registered == {}
+    with pytest.raises(Conflict):
+        await world.tuning.cancel(waiting[0].id)
+
+
+async def test_a_job_goes_on_after_a_restart_of_the_server(world: World) -> None:
+    job = await world.create(steps=40, pace=0.02)
+    await until(world, job, "running")
+    await asyncio.sleep(0.2)
+    await world.tuning.close()
+    await world.again()
+    done = await world.ended(job)
+    assert done.status == "succeeded"
+    assert world.steps(job) == list(range(1, 41))
+
+
+async def test_a_job_goes_on_after_the_server_was_killed(world: World) -> None:
+    job = await world.create(steps=40, pace=0.02)
+    await until(world, job, "running")
+    await asyncio.sleep(0.2)
+    # What kill -9 of both leaves behind: a row that says "running", events without their end.
+    opened = world.tuning._opened
+    assert opened is not None
+    ledger, running = opened
+    running._closing = True
+    assert running._running is not None
+    os.kill(running._running[1]._process.pid, signal.SIGKILL)
+    running._worker.cancel()
+    await asyncio.sleep(0.1)
+    with (ledger.job_folder(job.id) / "events.jsonl").open("a") as file:
+        file.write('{"kind": "metr\n')
+    ledger.rows.close()
+    await world.again()
+    done = await world.ended(job)
+    assert done.status == "succeeded"
+    assert world.steps(job) == list(range(1, 41))
+
+
+async def test_unknown_files_and_jobs(world: World) -> None:
+    with pytest.raises(NotFound):
+        await world.tuning.create(
+            training_file="file-x", validation_file=None, adapter=None, options={}, seed=None, register_worse=False,
+            owner=None, metadata={},
+        )  # fmt: skip
+    with pytest.raises(NotFound):
+        await world.tuning.cancel("ftjob-x")
+    assert world.tuning.rows.jobs() == ()
