@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from adaplex_server.model.base import choose_format
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import FAMILIES, base_shape
+from adaplex_server.model.formats.choice import choose_format
 from adaplex_server.model.formats.parts import Module, Place, ReadWeight, join
+from adaplex_server.model.formats.quantization import Quantization, QuantizeKind
 
 EXACT = Place(torch.float32, torch.device("cpu"))
 DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -45,9 +46,9 @@ class BaseSource:
 
 
 @contextmanager
-def open_source(folder: Path, config: ModelConfig, quantize: str, double_quant: bool) -> Iterator[BaseSource]:
+def open_source(folder: Path, config: ModelConfig, quantize: QuantizeKind, double_quant: bool) -> Iterator[BaseSource]:
     """The base in `folder`, as a server with the same settings has it. Raises StartupError where it cannot be read."""
-    _, read = choose_format(folder, config, quantize, double_quant)
+    _, read = choose_format(folder, config, Quantization(quantize, double_quant))
     shape = base_shape(config)
     modules = [Module(path, linear.out_features, linear.in_features) for path, linear in shape.linears.items()]
     with Checkpoint(folder) as checkpoint:

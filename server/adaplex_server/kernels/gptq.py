@@ -1,4 +1,5 @@
-"""GPTQ weights: four bits each, an affine code per group of in-features.
+"""GPTQ and AWQ weights: four bits each, an affine code per group of in-features. Codes of two and three bits are kept
+as four.
 
     weight[n, order[k]] = (code[n, k] - zero[n, k // group]) * scale[n, k // group]
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from adaplex_server.kernels import dense
+from adaplex_server.kernels.packed_words import plus_one, unpack_awq, unpack_words
 
 _ROWS = 2048
 # What torch's kernel takes.
@@ -63,17 +65,6 @@ class CpuInt4:
     group: int
 
 
-def unpack_int32(words: torch.Tensor, dim: int) -> torch.Tensor:
-    """Eight codes from each int32 of a matrix, the lowest bits first, laid side by side along `dim`. Returns uint8."""
-    shape = list(words.shape)
-    shape[dim] *= 8
-    codes = torch.empty(shape, dtype=torch.uint8, device=words.device)
-    for index in range(8):
-        part = (words >> (4 * index)).bitwise_and_(15).to(torch.uint8)
-        codes[(slice(None),) * dim + (slice(index, None, 8),)] = part
-    return codes
-
-
 def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
     """codes: [N, K] uint8 below 16. Returns [N, ceil(K / 2)], the earlier of a pair in the lower half."""
     codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
@@ -92,24 +83,40 @@ def from_autogptq(
     g_idx: torch.Tensor | None,
     group: int,
     version: int,
+    bits: int = 4,
 ) -> GptqWeight:
-    """qweight: [K / 8, N] int32. qzeros: [G, N / 8] int32. scales: [G, N] float. g_idx: [K] int, the group of each
-    in-feature.
+    """qweight: [K * bits / 32, N] int32. qzeros: [G, N * bits / 32] int32. scales: [G, N] float. g_idx: [K] int, the
+    group of each in-feature. bits: 2, 3 or 4.
 
     version: 1 stores the zeros minus one, 2 as they are. Raises ValueError where g_idx does not fill every group
     evenly.
     """
-    columns = qweight.shape[0] * 8
+    codes, zeros, order = stored_codes(qweight, qzeros, g_idx, group, version, bits)
+    # Shorter codes are moved to the middle of four bits: the kernels take 8 for the usual zero.
+    codes, zeros = (part + (8 - (1 << (bits - 1))) for part in (codes, zeros))
+    return GptqWeight(codes.shape[1], group, pack_pairs(codes), scales.t().contiguous(), zeros, order)
+
+
+def stored_codes(
+    qweight: torch.Tensor, qzeros: torch.Tensor, g_idx: torch.Tensor | None, group: int, version: int, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """AutoGPTQ's tensors (see `from_autogptq`; bits may be 8) as codes [N, K] uint8 sorted by group, zeros [N, G] uint8
+    and order [K] or None.
+    """
     order = None if g_idx is None else _order(g_idx, group)
-    codes = unpack_int32(qweight, 0).t()
+    codes = unpack_words(qweight, bits, 0).t()
     codes = codes.contiguous() if order is None else codes[:, order]
     if version == 1:
-        # The one was subtracted from whole words, with borrows between the codes: added to whole words it brings
-        # them all back.
-        whole = (qzeros.to(torch.int64) + 0x11111111) & 0xFFFFFFFF
-        qzeros = torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
-    zeros = unpack_int32(qzeros, 1).t().contiguous()
-    return GptqWeight(columns, group, pack_pairs(codes), scales.t().contiguous(), zeros, order)
+        qzeros = plus_one(qzeros, bits)
+    return codes, unpack_words(qzeros, bits, 1).t().contiguous(), order
+
+
+def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group: int) -> GptqWeight:
+    """qweight: [K, N / 8] int32. qzeros: [G, N / 8] int32. scales: [G, N] float. Source: Lin et al., "AWQ" (arXiv
+    2306.00978), in the layout of its GEMM kernels.
+    """
+    codes, zeros = unpack_awq(qweight).t().contiguous(), unpack_awq(qzeros).t().contiguous()
+    return GptqWeight(codes.shape[1], group, pack_pairs(codes), scales.t().contiguous(), zeros, None)
 
 
 def _order(g_idx: torch.Tensor, group: int) -> torch.Tensor | None:
@@ -125,7 +132,7 @@ def fuse(weights: Sequence[GptqWeight]) -> GptqWeight | None:
     first = weights[0]
     if len(weights) == 1:
         return first
-    if any(w.group != first.group or not _same(w.order, first.order) for w in weights):
+    if any(w.group != first.group or not same_order(w.order, first.order) for w in weights):
         return None
     return replace(
         first,
@@ -135,7 +142,8 @@ def fuse(weights: Sequence[GptqWeight]) -> GptqWeight | None:
     )
 
 
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def same_order(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether two weights want their inputs in the same order."""
     return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 

@@ -1,27 +1,32 @@
-"""NF4: four bits a weight in blocks of 64, each with its largest magnitude (absmax), which double quantization keeps
-in eight bits.
+"""bitsandbytes' four bits a weight, NF4 and FP4, in blocks of 64 or more, each with its largest magnitude (absmax),
+which double quantization keeps in eight bits.
 
-    weight[n, k] = NF4[code[n, k]] * absmax[(n * K + k) // 64]
+    weight[n, k] = CODE[code[n, k]] * absmax[(n * K + k) // block]
 
-Source: Dettmers et al., "QLoRA" (arXiv 2305.14314). Codes, absmax and dequantized values equal those of bitsandbytes
-0.50 bit for bit. Two codes share a byte, the earlier one in the upper half. This module owns the layout that
-checkpoints have and the plain-torch reference; `kernels.nf4_cpu` multiplies on CPUs.
+NF4's sixteen values are quantiles of a normal distribution, FP4's are floating-point numbers of two exponent bits and
+one of mantissa. Source: Dettmers et al., "QLoRA" (arXiv 2305.14314). Codes, absmax and dequantized values equal those
+of bitsandbytes 0.50 bit for bit. Two codes share a byte, the earlier one in the upper half. This module owns the layout
+that checkpoints have and the plain-torch reference; `kernels.nf4_cpu` multiplies on CPUs.
 
-Notation: N out-features, K in-features, B = K / 64 blocks a row.
+Notation: N out-features, K in-features, B = K / block blocks a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 import torch
 
 from adaplex_server.kernels import dense
 from adaplex_server.kernels.blockwise8 import GROUP, dynamic_code, quantize_dynamic8
 
+Kind = Literal["nf4", "fp4"]
 BLOCK = 64
+"""Values in a block unless told otherwise."""
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _CHUNK = 1 << 22
 _NF4 = (
     -1.0,
@@ -41,20 +46,35 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
+# By bit pattern: sign, two of exponent, one of mantissa.
+_FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 
 
 @cache
+def code_values(kind: Kind, device: torch.device) -> torch.Tensor:
+    """The 16 values of a code, float32 on `device`; callers never write to it."""
+    return torch.tensor(_NF4 if kind == "nf4" else _FP4, dtype=torch.float32, device=device)
+
+
 def nf4_code(device: torch.device) -> torch.Tensor:
-    """The 16 values of the code, float32 on `device`; callers never write to it."""
-    return torch.tensor(_NF4, dtype=torch.float32, device=device)
+    """NF4's 16 values, in ascending order."""
+    return code_values("nf4", device)
 
 
 @cache
-def _pair_table(device: torch.device) -> torch.Tensor:
+def _bounds(kind: Kind, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """[15] float32, what separates the values in ascending order, and [16] uint8, the codes in that order."""
+    values = code_values(kind, device)
+    order = values.argsort()
+    return (values[order[:-1]] + values[order[1:]]) / 2, order.to(torch.uint8)
+
+
+@cache
+def _pair_table(kind: Kind, device: torch.device) -> torch.Tensor:
     """[256] float64 that holds in its bits the two float32 values which a byte of codes stands for: one gather
     yields both.
     """
-    code = nf4_code(device)
+    code = code_values(kind, device)
     byte = torch.arange(256, device=device)
     return torch.stack([code[byte >> 4], code[byte & 15]], dim=1).contiguous().view(torch.float64).view(-1)
 
@@ -95,21 +115,24 @@ class NestedAbsmax:
 class Nf4Weight:
     """One weight [N, K] in the order of a checkpoint. Read-only.
 
-    codes: [ceil(N * K / 2)] uint8. absmax: [ceil(N * K / 64)] float32, or NestedAbsmax where K % 64 == 0.
+    codes: [ceil(N * K / 2)] uint8. absmax: [ceil(N * K / block)] float32, or NestedAbsmax where K % block == 0. kind:
+    what the codes stand for. block: one of BLOCKS.
     """
 
     out_features: int
     in_features: int
     codes: torch.Tensor
     absmax: torch.Tensor | NestedAbsmax
+    kind: Kind = "nf4"
+    block: int = BLOCK
 
     @property
     def row_aligned(self) -> bool:
         """No block reaches over the end of a row, so that rows can be cut, joined and read alone."""
-        return self.in_features % BLOCK == 0
+        return self.in_features % self.block == 0
 
     def plain_absmax(self) -> torch.Tensor:
-        """[ceil(N * K / 64)] float32."""
+        """[ceil(N * K / block)] float32."""
         return self.absmax.dequantized().view(-1) if isinstance(self.absmax, NestedAbsmax) else self.absmax
 
     def nbytes(self) -> int:
@@ -119,28 +142,27 @@ class Nf4Weight:
         )
 
 
-def quantize_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [ceil(n / 2)] uint8 and absmax [ceil(n / 64)] float32 of a weight of n values (float32, bfloat16 or
+def quantize_codes(weight: torch.Tensor, kind: Kind = "nf4", block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [ceil(n / 2)] uint8 and absmax [ceil(n / block)] float32 of a weight of n values (float32, bfloat16 or
     float16), in pieces of 4M values.
     """
     flat, device = weight.reshape(-1), weight.device
-    values = nf4_code(device)
-    bounds = (values[:-1] + values[1:]) / 2
+    bounds, order = _bounds(kind, device)
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=device)
-    absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device=device)
+    absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=device)
     for begin in range(0, flat.numel(), _CHUNK):
         piece = flat[begin : begin + _CHUNK].float()
-        whole = piece.numel() - piece.numel() % BLOCK
-        blocks = piece[:whole].view(-1, BLOCK)
+        whole = piece.numel() - piece.numel() % block
+        blocks = piece[:whole].view(-1, block)
         largest = blocks.abs().amax(dim=1)
         normal = blocks.mul(1.0 / largest.clamp(min=1e-38)[:, None]).view(-1)
         if whole < piece.numel():  # the short last block is divided, not multiplied: bitsandbytes' rounding
             last = piece[whole:].abs().max().clamp(min=1e-38)
             largest = torch.cat([largest, last[None]])
             normal = torch.cat([normal, piece[whole:] / last, piece.new_zeros(piece.numel() % 2)])
-        nearest = torch.bucketize(normal.clamp_(-1, 1), bounds, out_int32=True).to(torch.uint8)
-        codes[begin // 2 : (begin + _CHUNK) // 2] = nearest[::2].bitwise_left_shift_(4).bitwise_or_(nearest[1::2])
-        absmax[begin // BLOCK : begin // BLOCK + len(largest)] = largest
+        nearest = order[torch.bucketize(normal.clamp_(-1, 1), bounds, out_int32=True)]
+        codes[begin // 2 : (begin + _CHUNK) // 2] = nearest[::2].bitwise_left_shift(4).bitwise_or_(nearest[1::2])
+        absmax[begin // block : begin // block + len(largest)] = largest
     return codes, absmax
 
 
@@ -160,31 +182,33 @@ def nested(codes: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, offse
     return NestedAbsmax(codes, table, scales, start, offset.to(torch.float32).expand(rows).contiguous())
 
 
-def quantize(weight: torch.Tensor, *, double_quant: bool) -> Nf4Weight:
+def quantize(weight: torch.Tensor, *, double_quant: bool, kind: Kind = "nf4", block: int = BLOCK) -> Nf4Weight:
     """weight: [N, K] float32, bfloat16 or float16, on any device."""
     rows, columns = weight.shape
-    codes, absmax = quantize_codes(weight)
+    codes, absmax = quantize_codes(weight, kind, block)
     if not double_quant:
-        return Nf4Weight(rows, columns, codes, absmax)
-    if columns % BLOCK == 0:
-        return Nf4Weight(rows, columns, codes, nest_absmax(absmax, rows))
+        return Nf4Weight(rows, columns, codes, absmax, kind, block)
+    if columns % block == 0:
+        return Nf4Weight(rows, columns, codes, nest_absmax(absmax, rows), kind, block)
     # Blocks cross rows: rounded to eight bits as asked, but kept in float32, since such small or odd weights save
     # nothing.
-    return Nf4Weight(rows, columns, codes, nest_absmax(absmax, 1).dequantized().view(-1))
+    return Nf4Weight(rows, columns, codes, nest_absmax(absmax, 1).dequantized().view(-1), kind, block)
 
 
 def fuse(weights: Sequence[Nf4Weight]) -> Nf4Weight:
-    """The row-aligned weights of one K stacked along out-features, exactly. Nested ones stay nested if all are, with
-    the same table.
+    """The row-aligned weights of one K, kind and block stacked along out-features, exactly. Nested ones stay nested if
+    all are, with the same table.
     """
-    assert all(w.row_aligned and w.in_features == weights[0].in_features for w in weights)
+    first = weights[0]
+    assert all(w.row_aligned and fusable(w) == fusable(first) for w in weights)
     if len(weights) == 1:
-        return weights[0]
+        return first
     rows = sum(w.out_features for w in weights)
     codes = torch.cat([w.codes for w in weights])
     parts = [w.absmax for w in weights if isinstance(w.absmax, NestedAbsmax)]
     if len(parts) < len(weights) or any(not torch.equal(p.table, parts[0].table) for p in parts):
-        return Nf4Weight(rows, weights[0].in_features, codes, torch.cat([w.plain_absmax() for w in weights]))
+        plain = torch.cat([w.plain_absmax() for w in weights])
+        return replace(first, out_features=rows, codes=codes, absmax=plain)
     starts: list[torch.Tensor] = []
     groups = 0
     for part in parts:
@@ -197,7 +221,12 @@ def fuse(weights: Sequence[Nf4Weight]) -> Nf4Weight:
         torch.cat(starts),
         torch.cat([p.row_offset for p in parts]),
     )
-    return Nf4Weight(rows, weights[0].in_features, codes, absmax)
+    return replace(first, out_features=rows, codes=codes, absmax=absmax)
+
+
+def fusable(weight: Nf4Weight) -> tuple[int, Kind, int]:
+    """What weights must share to be stacked."""
+    return weight.in_features, weight.kind, weight.block
 
 
 def unpack_codes(codes: torch.Tensor) -> torch.Tensor:
@@ -209,7 +238,7 @@ def dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> torch.T
     """[N, K] in dtype: the product in float32, then rounded. In pieces, so that no more than the result is large."""
     size, device = weight.out_features * weight.in_features, weight.codes.device
     out = torch.empty(size + size % 2, dtype=dtype, device=device)
-    table, absmax = _pair_table(device), weight.plain_absmax()
+    table, absmax, block = _pair_table(weight.kind, device), weight.plain_absmax(), weight.block
     for begin in range(0, size, _CHUNK):
         indices = weight.codes[begin // 2 : (begin + _CHUNK) // 2].int()
         rounded = out[begin : begin + _CHUNK]
@@ -217,11 +246,11 @@ def dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> torch.T
         pairs = rounded.view(torch.float64) if dtype == torch.float32 else table.new_empty(len(indices))
         torch.index_select(table, 0, indices, out=pairs)
         values = pairs.view(torch.float32)[: size - begin]
-        whole = values.numel() - values.numel() % BLOCK
-        scales = absmax[begin // BLOCK :]
-        values[:whole].view(-1, BLOCK).mul_(scales[: whole // BLOCK, None])
+        whole = values.numel() - values.numel() % block
+        scales = absmax[begin // block :]
+        values[:whole].view(-1, block).mul_(scales[: whole // block, None])
         if whole < values.numel():
-            values[whole:].mul_(scales[whole // BLOCK])
+            values[whole:].mul_(scales[whole // block])
         if dtype != torch.float32:
             rounded[: len(values)] = values
     return out[:size].view(weight.out_features, weight.in_features)

@@ -42,7 +42,8 @@ class PackedNf4:
 
 def fits(weight: nf4.Nf4Weight) -> bool:
     """Whether the library can multiply this weight."""
-    return weight.row_aligned and weight.out_features % ROWS == 0 and weight.codes.device.type == "cpu"
+    served = weight.kind == "nf4" and weight.block == nf4.BLOCK
+    return served and weight.row_aligned and weight.out_features % ROWS == 0 and weight.codes.device.type == "cpu"
 
 
 def pack(weight: nf4.Nf4Weight) -> PackedNf4:

@@ -1,6 +1,6 @@
 """The base model in memory: embedding, layers, norms and head, loaded once and never written to.
 
-How a linear's weight is kept (dense, NF4, GPTQ) is its own business (`model.formats`); the decoder sees `Linear`.
+How a linear's weight is kept (dense, 4-bit, 8-bit) is its own business (`model.formats`); the decoder sees `Linear`.
 """
 
 from __future__ import annotations
@@ -9,26 +9,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
 
 import torch
 
 from adaplex_adapters.errors import StartupError
+from adaplex_server.kernels.llm_int8 import THRESHOLD
+from adaplex_server.kernels.nf4 import BLOCK
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import FAMILIES, linear_targets, module_paths, norm_path
-from adaplex_server.model.formats.gptq import parse_format
-from adaplex_server.model.formats.parts import (
-    Module,
-    Place,
-    ReadWeight,
-    join,
-    quantizing,
-    read_bitsandbytes,
-    read_dense,
-    reading_gptq,
-)
-from adaplex_server.model.json_file import read_json_object
+from adaplex_server.model.formats.choice import choose_format
+from adaplex_server.model.formats.int8 import is_llm_int8
+from adaplex_server.model.formats.parts import Module, Place, ReadWeight, join, read_dense
+from adaplex_server.model.formats.quantization import Quantization, QuantizeKind
 from adaplex_server.model.linear import Linear
 
 Progress = Callable[[str, float], None]
@@ -71,7 +64,8 @@ class Base:
     tied. positions: [positions, hidden_size], learned, the family's position_offset ahead. head_bias: [vocab_size].
     positions, embedding_norm and head_bias are None where the family has none.
 
-    format: "none" (dense), "nf4", "nf4-double" or "gptq".
+    format: "none" (dense), "nf4", "nf4-double", "fp4", "fp4-double", "int8", "int8-absmax", "int8-zeropoint", "gptq",
+    "gptq-8bit" (or 2 or 3) or "awq".
     """
 
     config: ModelConfig
@@ -110,21 +104,25 @@ def load_base(
     folder: Path,
     *,
     config: ModelConfig,
-    quantize: Literal["nf4", "none"],
+    quantize: QuantizeKind,
     double_quant: bool,
+    quant_block: int = BLOCK,
+    int8_threshold: float = THRESHOLD,
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
 ) -> Base:
     """Read the base in `folder` to `device`, tensor by tensor: the peak is the result and one fused linear.
 
-    quantize and double_quant say what becomes of a dense checkpoint; one that is quantized already is kept as it is.
+    quantize, double_quant, quant_block and int8_threshold say what becomes of a dense checkpoint (`Quantization`); one
+    that is quantized already is kept as it is.
     dtype: of the activations, norms, biases, embedding and head. progress is told what is done and how far it is
     (0..1).
 
     Raises StartupError if the format is not supported, or a tensor is missing, of another shape or left over.
     """
-    name, read = choose_format(folder, config, quantize, double_quant)
+    quantization = Quantization(quantize, double_quant, quant_block, int8_threshold)
+    name, read = choose_format(folder, config, quantization)
     place = Place(dtype, device)
     tell = progress or (lambda text, fraction: None)
     family = FAMILIES[config.family]
@@ -146,35 +144,6 @@ def load_base(
         _refuse_leftovers(checkpoint, config)
     tell(f"loading {config.name}", 1.0)
     return base
-
-
-def choose_format(folder: Path, config: ModelConfig, quantize: str, double_quant: bool) -> tuple[str, ReadWeight]:
-    """The format's name and how to read a weight in it, from what the checkpoint's own config says."""
-    given = config.quantization or _quantize_config(folder)
-    if given is None:
-        if quantize == "none":
-            return "none", read_dense
-        return ("nf4-double" if double_quant else "nf4"), quantizing(double_quant)
-    method = given.get("quant_method", "bitsandbytes" if given.get("load_in_4bit") else None)
-    if method == "bitsandbytes":
-        kind = given.get("bnb_4bit_quant_type", "fp4")
-        if not given.get("load_in_4bit", given.get("_load_in_4bit")) or kind != "nf4":
-            what = f"4-bit {kind}" if given.get("load_in_4bit") else "8-bit"
-            raise StartupError(
-                f"the checkpoint is bitsandbytes {what}; of bitsandbytes' formats only 4-bit nf4 is read"
-            )
-        return ("nf4-double" if given.get("bnb_4bit_use_double_quant") else "nf4"), read_bitsandbytes
-    if method == "gptq":
-        return "gptq", reading_gptq(parse_format(given))
-    raise StartupError(
-        f"the checkpoint's quant_method {method!r} is not supported; use bitsandbytes (nf4), gptq or none"
-    )
-
-
-def _quantize_config(folder: Path) -> dict[str, Any] | None:
-    """AutoGPTQ's own file, for checkpoints whose config.json says nothing."""
-    found = read_json_object(folder / "quantize_config.json")
-    return None if found is None else {"quant_method": "gptq", **found}
 
 
 def _read_layer(
@@ -237,7 +206,8 @@ def _read_bias(checkpoint: Checkpoint, module: Module, wanted: bool, place: Plac
 
 def _read_head(checkpoint: Checkpoint, module: Module, read: ReadWeight, place: Place) -> torch.Tensor:
     """The head is kept dense; in a checkpoint that has it quantized it is dequantized once."""
-    if f"{module.path}.weight" in checkpoint and not checkpoint.names_below(f"{module.path}.weight."):
+    quantized = checkpoint.names_below(f"{module.path}.weight.") or is_llm_int8(checkpoint, module.path)
+    if f"{module.path}.weight" in checkpoint and not quantized:
         return read_dense(checkpoint, module, place)
     return join([read(checkpoint, module, place)], [None], place).dequantized().to(place.dtype)
 

@@ -199,10 +199,13 @@ def _with_config(folder: Path, llama: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
-        ({"quant_method": "awq", "bits": 4}, "awq"),
-        ({"quant_method": "gptq", "bits": 8}, "8 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "af4"),
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "awq", "bits": 8}, "8 bits"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "gemv"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": False}, "zero_point"),
+        ({"quant_method": "gptq", "bits": 5}, "5 bits"),
+        ({"quant_method": "gptq", "bits": 3}, "gptq_v2"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 48}, "group_size 48"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {"bits": 8}}}, "dynamic"),

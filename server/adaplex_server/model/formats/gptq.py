@@ -1,77 +1,18 @@
-"""Linears in GPTQ's four bits: AutoGPTQ's layout in a checkpoint, what of it is supported, and which implementation
-multiplies.
-"""
+"""Linears in GPTQ's and AWQ's four bits (and fewer): which implementation multiplies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from adaplex_adapters.errors import StartupError
 from adaplex_server.kernels import gptq
-from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.formats.packed4 import dequantize_exact
 from adaplex_server.model.linear import Linear
 
 if TYPE_CHECKING:
     from adaplex_server.kernels.gpu.linear4 import Packed4
-
-
-@dataclass(frozen=True)
-class GptqFormat:
-    """What a checkpoint's config says. group: in-features that share a scale, None for all of them. version: of how
-    zeros are stored.
-    """
-
-    group: int | None
-    version: int
-
-
-def parse_format(given: Mapping[str, Any]) -> GptqFormat:
-    """From config.json's quantization_config or quantize_config.json. Raises StartupError naming what is not
-    supported.
-    """
-    bits, group = given.get("bits"), given.get("group_size", 128)
-    layout = given.get("checkpoint_format", "gptq")
-    if bits != 4:
-        raise StartupError(f"the GPTQ checkpoint has {bits} bits; only 4 are supported")
-    if layout not in ("gptq", "gptq_v2"):
-        raise StartupError(f"the GPTQ checkpoint_format {layout!r} is not supported; use gptq or gptq_v2")
-    if given.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
-        raise StartupError(f"the GPTQ pack_dtype {given['pack_dtype']!r} is not supported; use int32")
-    if given.get("dynamic"):
-        raise StartupError("GPTQ with settings that differ between modules (dynamic) is not supported")
-    if group not in (-1, 32, 64, 128):
-        raise StartupError(f"the GPTQ group_size {group!r} is not supported; use 32, 64, 128 or -1")
-    return GptqFormat(None if group == -1 else group, 2 if layout == "gptq_v2" else 1)
-
-
-def is_gptq(checkpoint: Checkpoint, path: str) -> bool:
-    """Whether the module was quantized at all."""
-    return f"{path}.qweight" in checkpoint
-
-
-def read_gptq(
-    checkpoint: Checkpoint, path: str, rows: int, columns: int, form: GptqFormat, device: torch.device
-) -> gptq.GptqWeight:
-    """One module's weight [rows, columns]."""
-    group = form.group or columns
-    groups = -(-columns // group)
-    qweight = checkpoint.read(f"{path}.qweight", (columns // 8, rows)).to(device)
-    qzeros = checkpoint.read(f"{path}.qzeros", (groups, rows // 8)).to(device)
-    scales = checkpoint.read(f"{path}.scales", (groups, rows)).to(device)
-    g_idx = checkpoint.read_if_there(f"{path}.g_idx", (columns,))
-    if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32 or not scales.is_floating_point():
-        raise StartupError(f"{path}: qweight and qzeros must be int32 and scales floating point, as AutoGPTQ has them")
-    try:
-        return gptq.from_autogptq(
-            qweight, qzeros, scales, None if g_idx is None else g_idx.to(device), group, form.version
-        )
-    except ValueError as error:
-        raise StartupError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)

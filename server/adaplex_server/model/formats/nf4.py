@@ -1,4 +1,4 @@
-"""Linears in NF4: which implementation multiplies, and how bitsandbytes lays them down in a checkpoint.
+"""Linears in NF4 or FP4: which implementation multiplies, and how bitsandbytes lays them down in a checkpoint.
 
 Source of the serialized form: bitsandbytes' `QuantState.as_dict(packed=True)`, as transformers saves it.
 """
@@ -22,7 +22,7 @@ from adaplex_server.model.linear import Linear
 if TYPE_CHECKING:
     from adaplex_server.kernels.gpu.linear4 import Packed4
 
-STATE = "quant_state.bitsandbytes__nf4"
+STATES: Mapping[str, nf4.Kind] = {"quant_state.bitsandbytes__nf4": "nf4", "quant_state.bitsandbytes__fp4": "fp4"}
 
 
 @dataclass(frozen=True)
@@ -131,49 +131,52 @@ def _on_gpu(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dtype
     rows, columns = weight.out_features, weight.in_features
     absmax = weight.plain_absmax().view(rows, -1)
     codes = nf4.unpack_codes(weight.codes).view(rows, columns)
-    packed = pack(codes, absmax, None, "nf4", nf4.BLOCK, dtype, weight.codes.device)
+    packed = pack(codes, absmax, None, weight.kind, weight.block, dtype, weight.codes.device)
     exact = weight.absmax.cpu()  # of either kind
     return GpuNf4Linear(packed, exact, bias)
 
 
 def is_nf4(checkpoint: Checkpoint, path: str) -> bool:
-    """Whether the module's weight is in bitsandbytes' NF4 form; another 4-bit type is refused."""
-    states = checkpoint.names_below(f"{path}.weight.quant_state.")
-    if states and states != (f"{path}.weight.{STATE}",):
-        raise StartupError(f"{states[0]}: only NF4 is supported of bitsandbytes' 4-bit types")
-    return bool(states)
+    """Whether the module's weight is in one of bitsandbytes' 4-bit forms."""
+    return bool(checkpoint.names_below(f"{path}.weight.quant_state."))
 
 
 def read_nf4(checkpoint: Checkpoint, path: str, rows: int, columns: int, device: torch.device) -> nf4.Nf4Weight:
     """One module's weight [rows, columns] as bitsandbytes saved it, with or without double quantization."""
     name = f"{path}.weight"
-    state = _state(checkpoint.read(f"{name}.{STATE}"), name)
-    if state.get("blocksize") != nf4.BLOCK or tuple(state.get("shape") or ()) != (rows, columns):
+    stored = next((key for key in STATES if f"{name}.{key}" in checkpoint), None)
+    if stored is None:
+        found = checkpoint.names_below(f"{name}.quant_state.")
+        raise StartupError(f"{found[0]}: only NF4 and FP4 are supported of bitsandbytes' 4-bit types")
+    kind, state = STATES[stored], _state(checkpoint.read(f"{name}.{stored}"), f"{name}.{stored}")
+    block = state.get("blocksize")
+    if block not in nf4.BLOCKS or tuple(state.get("shape") or ()) != (rows, columns):
         raise StartupError(
-            f"{name} is NF4 of shape {state.get('shape')} in blocks of {state.get('blocksize')}; "
-            f"expected {[rows, columns]} in blocks of {nf4.BLOCK}"
+            f"{name} is {kind.upper()} of shape {state.get('shape')} in blocks of {block}; "
+            f"expected {[rows, columns]} in blocks of one of {nf4.BLOCKS}"
         )
     table = checkpoint.read(f"{name}.quant_map", (16,))
-    if not torch.equal(table, nf4.nf4_code(table.device)):
-        raise StartupError(f"{name}.quant_map is not NF4's table of values")
+    if not torch.equal(table, nf4.code_values(kind, table.device)):
+        raise StartupError(f"{name}.quant_map is not {kind.upper()}'s table of values")
     # quant_storage may be another type than uint8; the bytes are the same.
     codes = checkpoint.read(name).view(torch.uint8).reshape(-1)
-    blocks = -(-rows * columns // nf4.BLOCK)
+    blocks = -(-rows * columns // block)
     absmax = checkpoint.read(f"{name}.absmax", (blocks,))
     if codes.numel() != -(-rows * columns // 2):
         raise StartupError(f"{name} holds {codes.numel()} bytes of codes, not {-(-rows * columns // 2)}")
     codes = codes.to(device, copy=True)
     if f"{name}.nested_absmax" not in checkpoint:
-        return nf4.Nf4Weight(rows, columns, codes, absmax.to(device, torch.float32, copy=True))
+        return nf4.Nf4Weight(rows, columns, codes, absmax.to(device, torch.float32, copy=True), kind, block)
     if state.get("nested_blocksize") != GROUP:
         raise StartupError(f"{name}: absmax in groups of {state.get('nested_blocksize')}; only 256 is supported")
     table = checkpoint.read(f"{name}.nested_quant_map", (256,)).to(device, torch.float32, copy=True)
     scales = checkpoint.read(f"{name}.nested_absmax", (-(-blocks // GROUP),))
     scales = scales.to(device, torch.float32, copy=True)
     offset = torch.tensor(float(state["nested_offset"]), device=device)
-    aligned = columns % nf4.BLOCK == 0
+    aligned = columns % block == 0
     nested = nf4.nested(absmax.to(device, copy=True).view(rows if aligned else 1, -1), table, scales, offset)
-    return nf4.Nf4Weight(rows, columns, codes, nested if aligned else nested.dequantized().view(-1))
+    plain = nested if aligned else nested.dequantized().view(-1)
+    return nf4.Nf4Weight(rows, columns, codes, plain, kind, block)
 
 
 def serialized(name: str, weight: nf4.Nf4Weight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -181,12 +184,15 @@ def serialized(name: str, weight: nf4.Nf4Weight, dtype: torch.dtype) -> dict[str
     what the weight was before.
     """
     state: dict[str, Any] = {
-        "quant_type": "nf4",
-        "blocksize": nf4.BLOCK,
+        "quant_type": weight.kind,
+        "blocksize": weight.block,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": [weight.out_features, weight.in_features],
     }
-    tensors = {name: weight.codes.view(-1, 1), f"{name}.quant_map": nf4.nf4_code(weight.codes.device).clone()}
+    tensors = {
+        name: weight.codes.view(-1, 1),
+        f"{name}.quant_map": nf4.code_values(weight.kind, weight.codes.device).clone(),
+    }
     absmax = weight.absmax
     if isinstance(absmax, nf4.NestedAbsmax):
         assert bool((absmax.row_offset == absmax.row_offset[0]).all())
@@ -199,7 +205,9 @@ def serialized(name: str, weight: nf4.Nf4Weight, dtype: torch.dtype) -> dict[str
         tensors[f"{name}.nested_quant_map"] = absmax.table.clone()
         absmax = absmax.codes.view(-1)
     tensors[f"{name}.absmax"] = absmax
-    tensors[f"{name}.{STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f"{name}.quant_state.bitsandbytes__{weight.kind}"] = torch.tensor(
+        list(json.dumps(state).encode()), dtype=torch.uint8
+    )
     return tensors
 
 
@@ -207,7 +215,7 @@ def _state(packed: torch.Tensor, name: str) -> Mapping[str, Any]:
     try:
         found = json.loads(bytes(packed.tolist()))
     except (ValueError, TypeError) as error:
-        raise StartupError(f"{name}.{STATE} cannot be read: {error}") from error
+        raise StartupError(f"{name} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise StartupError(f"{name}.{STATE} holds {type(found).__name__}, not an object")
+        raise StartupError(f"{name} holds {type(found).__name__}, not an object")
     return found
