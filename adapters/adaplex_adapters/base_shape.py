@@ -24,6 +24,9 @@ class BaseShape:
 
     name: what the base is called ("smollm2-135m-instruct"); family: "llama", "qwen2", ...
     linears: Hugging Face module path ("model.layers.0.self_attn.q_proj") -> shape, in order of the forward pass.
+    embedding, head: paths of the token embedding and of the head ("model.embed_tokens", "lm_head"), whose weights are
+    [vocab_size, hidden_size]; tied_head: the head is the embedding's weight.
+    num_kv_heads, head_dim: of the keys and values in each layer.
     """
 
     name: str
@@ -32,3 +35,8 @@ class BaseShape:
     hidden_size: int
     vocab_size: int
     linears: Mapping[str, LinearShape]
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
+    tied_head: bool = False
+    num_kv_heads: int = 0
+    head_dim: int = 0

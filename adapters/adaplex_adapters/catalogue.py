@@ -23,21 +23,33 @@ from adaplex_adapters.errors import NotFound, StartupError, StorageFailed
 from adaplex_adapters.names import check_name
 from adaplex_adapters.spec import AdapterSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SOURCES = ("upload", "folder", "trainer")
 _APPLICATION_ID = 0x41445058  # "ADPX"
 _SCHEMA = f"""
 CREATE TABLE adapters (
     name TEXT PRIMARY KEY, generation INTEGER NOT NULL, created REAL NOT NULL, source TEXT NOT NULL,
     revision TEXT NOT NULL, kind TEXT NOT NULL, rank INTEGER NOT NULL, targets TEXT NOT NULL,
-    parameters INTEGER NOT NULL, nbytes INTEGER NOT NULL, base_model TEXT NOT NULL
+    parameters INTEGER NOT NULL, nbytes INTEGER NOT NULL, base_model TEXT NOT NULL,
+    virtual_tokens INTEGER NOT NULL DEFAULT 0, bottleneck_size INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 INSERT INTO counters VALUES ('generation', 0);
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-_COLUMNS = "name, generation, created, source, revision, kind, rank, targets, parameters, nbytes, base_model"
+_FIRST_COLUMNS = "name, generation, created, source, revision, kind, rank, targets, parameters, nbytes, base_model"
+_COLUMNS = f"{_FIRST_COLUMNS}, virtual_tokens, bottleneck_size"
+# From a version to the next one; what is new has the value that it would have had.
+_UPGRADES = {
+    1: """
+BEGIN IMMEDIATE;
+ALTER TABLE adapters ADD COLUMN virtual_tokens INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE adapters ADD COLUMN bottleneck_size INTEGER NOT NULL DEFAULT 0;
+PRAGMA user_version = 2;
+COMMIT;
+""",
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,8 @@ class Catalogue:
             (generation,) = connection.execute("SELECT value FROM counters WHERE name = 'generation'").fetchone()
             entry = CatalogueEntry(name, spec, time.time(), source, generation)
             connection.execute(
-                f"INSERT OR REPLACE INTO adapters ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _row(entry)
+                f"INSERT OR REPLACE INTO adapters ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                _row(entry),
             )
         return entry
 
@@ -139,7 +152,7 @@ def peek(path: Path) -> tuple[CatalogueEntry, ...]:
     connection = _check(path)
     try:
         with _sqlite_errors("Reading the catalogue"):
-            rows = connection.execute(f"SELECT {_COLUMNS} FROM adapters ORDER BY name").fetchall()
+            rows = connection.execute(f"SELECT {_columns(connection)} FROM adapters ORDER BY name").fetchall()
     finally:
         connection.close()
     return tuple(_entry(row) for row in rows)
@@ -189,6 +202,8 @@ def _open(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        while (version := _version(connection)) in _UPGRADES:
+            connection.executescript(_UPGRADES[version])
     return connection
 
 
@@ -204,7 +219,7 @@ def _check(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
     try:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        version = _version(connection)
         if application != _APPLICATION_ID:
             raise StartupError(f"{path.name} is a database of another program. {advice}")
         if version > SCHEMA_VERSION:
@@ -215,7 +230,7 @@ def _check(path: Path) -> sqlite3.Connection:
         (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if version < 1 or state != "ok":
             raise StartupError(f"The catalogue {path.name} is damaged ({str(state)[:100]}). {advice}")
-        for row in connection.execute(f"SELECT {_COLUMNS} FROM adapters"):
+        for row in connection.execute(f"SELECT {_columns(connection)} FROM adapters"):
             _entry(row)
     except (sqlite3.Error, ValueError, TypeError) as error:
         connection.close()
@@ -224,6 +239,16 @@ def _check(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)
+
+
+def _columns(connection: sqlite3.Connection) -> str:
+    """What can be selected, also from a catalogue that has not been upgraded."""
+    return _COLUMNS if _version(connection) > 1 else f"{_FIRST_COLUMNS}, 0, 0"
 
 
 @contextmanager
@@ -248,10 +273,12 @@ def _row(entry: CatalogueEntry) -> tuple[Any, ...]:
         spec.parameters,
         spec.nbytes,
         spec.base_model,
+        spec.virtual_tokens,
+        spec.bottleneck_size,
     )
 
 
 def _entry(row: tuple[Any, ...]) -> CatalogueEntry:
-    name, generation, created, source, revision, kind, rank, targets, parameters, nbytes, base_model = row
-    spec = AdapterSpec(revision, kind, rank, tuple(json.loads(targets)), parameters, nbytes, base_model)
+    name, generation, created, source, revision, kind, rank, targets, *sizes = row
+    spec = AdapterSpec(revision, kind, rank, tuple(json.loads(targets)), *sizes)
     return CatalogueEntry(name, spec, created, source, generation)

@@ -8,13 +8,14 @@ from pathlib import Path
 from adaplex_adapters.base_shape import BaseShape
 from adaplex_adapters.errors import AdaplexError, InvalidAdapter
 from adaplex_adapters.limits import ReadLimits
-from adaplex_adapters.reader import read_adapter, read_unfitted
-from adaplex_adapters.spec import AdapterSpec, LoraAdapter
+from adaplex_adapters.reader import read_any
+from adaplex_adapters.spec import Adapter, AdapterSpec, LoraModule
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """spec: None when the files cannot be read at all. ranks, scalings: the different ones, ascending.
+    """spec: None when the files cannot be read at all. modules: low-rank modules, factors, bottlenecks and replaced
+    weights together. ranks, scalings: the different ones, ascending.
 
     problems: all that was found in the first stage that failed; empty when the adapter can be served on the base.
     warnings: what is served but looks like a mistake.
@@ -30,20 +31,20 @@ class AdapterReport:
 
 def check_adapter(folder: Path, base: BaseShape | None, limits: ReadLimits | None = None) -> AdapterReport:
     """Read the folder as the server would; never raises for a bad adapter. base: None checks no fit."""
-    limits = limits or ReadLimits()
     try:
-        adapter = read_unfitted(folder, limits)
+        unfitted = read_any(folder, limits or ReadLimits())
     except AdaplexError as error:
         return AdapterReport(None, 0, (), (), _problems(error), ())
+    adapter = unfitted.adapter
     problems: tuple[str, ...] = ()
     if base is not None:
         try:
-            adapter = read_adapter(folder, base, limits)
+            adapter = unfitted.fitted(base)
         except AdaplexError as error:
             problems = _problems(error)
     return AdapterReport(
         spec=adapter.spec,
-        modules=len(adapter.modules),
+        modules=len(adapter.modules) + len(adapter.scales) + len(adapter.bottlenecks) + len(adapter.replaced),
         ranks=tuple(sorted({module.a.shape[0] for module in adapter.modules.values()})),
         scalings=tuple(sorted({module.scaling for module in adapter.modules.values()})),
         problems=problems,
@@ -55,14 +56,21 @@ def _problems(error: AdaplexError) -> tuple[str, ...]:
     return error.problems if isinstance(error, InvalidAdapter) else (error.message,)
 
 
-def _warnings(adapter: LoraAdapter) -> tuple[str, ...]:
-    idle = [
-        path
-        for path, module in adapter.modules.items()
-        if module.scaling == 0 or not module.b.any() or not module.a.any()
+def _warnings(adapter: Adapter) -> tuple[str, ...]:
+    """Parts that change nothing. A DoRA's magnitude does something by itself."""
+    changes = [
+        *(_changes(module) for module in adapter.modules.values()),
+        *(bool((scale.vector != 1).any()) for scale in adapter.scales.values()),
+        *(bool(one.scaling.any() and (one.up.any() or one.up_bias.any())) for one in adapter.bottlenecks.values()),
     ]
+    whole = adapter.soft_prompt is not None or adapter.prefix is not None or adapter.replaced
+    idle = changes.count(False)
     if not idle:
         return ()
-    if len(idle) == len(adapter.modules):
-        return ("Every module's A, B or scaling is zero, so the adapter does nothing; the server refuses to load it.",)
-    return (f"{len(idle)} of {len(adapter.modules)} modules do nothing, since their A, B or scaling is zero.",)
+    if idle == len(changes) and not whole:
+        return ("Every part is such that the adapter does nothing; the server refuses to load it.",)
+    return (f"{idle} of {len(changes)} modules do nothing, since a matrix or scaling is zero or every factor is one.",)
+
+
+def _changes(module: LoraModule) -> bool:
+    return module.magnitude is not None or bool(module.scaling and module.a.any() and module.b.any())

@@ -12,12 +12,15 @@ import torch
 
 from adaplex_adapters.errors import NotFound, StorageFailed
 from adaplex_adapters.limits import ReadLimits
-from adaplex_adapters.peft_config import CONFIG_FILE
-from adaplex_adapters.problems import raise_if_any, refuse, shown
+from adaplex_adapters.peft_fields import CONFIG_FILE
+from adaplex_adapters.problems import refuse, shown
 from adaplex_adapters.safetensors_file import TensorEntry, header_length, parse_header, tensors_in
 
 TENSOR_FILE = "adapter_model.safetensors"
-KEPT_FILES = (CONFIG_FILE, TENSOR_FILE)
+LIBRARY_FILE = "adapter.safetensors"
+"""What the `adapters` library calls the weights."""
+WEIGHT_FILES = (TENSOR_FILE, LIBRARY_FILE)
+KEPT_FILES = (CONFIG_FILE, *WEIGHT_FILES)
 _PICKLES = frozenset(
     (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill", ".msgpack", ".h5")
 )
@@ -31,7 +34,7 @@ def file_problem(name: str) -> str | None:
     suffix = PurePath(lower).suffix
     if suffix in _PICKLES and not lower.startswith(_TRAINER_LEFTOVERS):
         return f"{shown(name)} may be a pickle, which could run code; it was not opened. Save weights as {TENSOR_FILE}."
-    if lower.endswith((".safetensors", ".safetensors.index.json")) and name != TENSOR_FILE:
+    if lower.endswith((".safetensors", ".safetensors.index.json")) and name not in WEIGHT_FILES:
         return f"{shown(name)} would stay unused: the weights of an adapter are one file, {TENSOR_FILE}."
     if lower in KEPT_FILES and name not in KEPT_FILES:
         return f"{shown(name)} must be written in lower case."
@@ -45,10 +48,10 @@ class AdapterFolder:
         self._descriptor = descriptor
         self._limits = limits
 
-    def check(self) -> None:
-        """Raise InvalidAdapter unless the folder holds both files, and nothing that is refused."""
+    def check(self) -> tuple[tuple[str, ...], list[str]]:
+        """(those of KEPT_FILES that can be read, everything that is wrong with the folder)."""
         problems: list[str] = []
-        names = set()
+        regular, names = set(), set()
         with os.scandir(self._descriptor) as entries:
             for count, entry in enumerate(entries, 1):
                 if count > self._limits.max_files:
@@ -56,13 +59,19 @@ class AdapterFolder:
                 names.add(entry.name)
                 mode = entry.stat(follow_symlinks=False).st_mode
                 if stat.S_ISREG(mode):
+                    regular.add(entry.name)
                     problems.extend(p for p in [file_problem(entry.name)] if p)
                 elif not stat.S_ISDIR(mode) or entry.name in KEPT_FILES:
                     problems.append(
                         f"{shown(entry.name)} is {_kind(mode)}; an adapter's folder may hold regular files only."
                     )
-        problems.extend(f"{name} is missing." for name in KEPT_FILES if name not in names)
-        raise_if_any(problems)
+        if CONFIG_FILE not in names:
+            problems.append(f"{CONFIG_FILE} is missing.")
+        if not names & set(WEIGHT_FILES):
+            problems.append(f"{TENSOR_FILE} is missing.")
+        if names.issuperset(WEIGHT_FILES):
+            problems.append(f"The folder holds both {TENSOR_FILE} and {LIBRARY_FILE}; one of them would stay unused.")
+        return tuple(name for name in KEPT_FILES if name in regular), problems
 
     def read_config(self) -> bytes:
         """The bytes of adapter_config.json."""
@@ -73,19 +82,19 @@ class AdapterFolder:
             _fill(file, memoryview(data), CONFIG_FILE)
             return bytes(data)
 
-    def read_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of adapter_model.safetensors, in memory of its own."""
-        with self._open(TENSOR_FILE) as (file, size):
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Every tensor of this one of WEIGHT_FILES, in memory of its own."""
+        with self._open(name) as (file, size):
             if size > self._limits.max_file_bytes:
-                raise refuse(f"{TENSOR_FILE} has {size} bytes; at most {self._limits.max_file_bytes} are read.")
+                raise refuse(f"{name} has {size} bytes; at most {self._limits.max_file_bytes} are read.")
             prefix = bytearray(min(8, size))
-            _fill(file, memoryview(prefix), TENSOR_FILE)
-            header = bytearray(header_length(bytes(prefix), size, self._limits, TENSOR_FILE))
-            _fill(file, memoryview(header), TENSOR_FILE)
+            _fill(file, memoryview(prefix), name)
+            header = bytearray(header_length(bytes(prefix), size, self._limits, name))
+            _fill(file, memoryview(header), name)
             data_size = size - 8 - len(header)
-            entries: tuple[TensorEntry, ...] = parse_header(bytes(header), data_size, self._limits, TENSOR_FILE)
+            entries: tuple[TensorEntry, ...] = parse_header(bytes(header), data_size, self._limits, name)
             data = torch.empty(data_size, dtype=torch.uint8)
-            _fill(file, data.numpy().data, TENSOR_FILE)
+            _fill(file, data.numpy().data, name)
         return tensors_in(data, entries)
 
     @contextmanager

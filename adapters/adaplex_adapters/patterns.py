@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from adaplex_adapters.automaton import Automaton, PatternRefused, WorkBudget
 from adaplex_adapters.errors import InvalidAdapter
-from adaplex_adapters.peft_config import CONFIG_FILE, LoraConfigFile
+from adaplex_adapters.peft_fields import CONFIG_FILE
 from adaplex_adapters.problems import refuse, shown
+from adaplex_adapters.targeting import Targeting
 
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_\-]|\\?\.){1,512}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -69,12 +70,11 @@ def by_pattern(
 class TargetRule:
     """Which linears of a base an adapter's config targets."""
 
-    def __init__(self, config: LoraConfigFile, budget: WorkBudget) -> None:
+    def __init__(self, config: Targeting, budget: WorkBudget) -> None:
         self._config = config
         self._names = config.targets if isinstance(config.targets, tuple) else ()
-        self._all = isinstance(config.targets, str) and config.targets.lower() == "all-linear"
         self._matches: Matcher | None = None
-        if isinstance(config.targets, str) and not self._all:
+        if isinstance(config.targets, str) and not config.all_linear:
             self._matches = expression(config.targets, "target_modules", budget)
         self._excludes: Matcher | None = None
         if isinstance(config.exclude, str) and config.exclude:
@@ -98,12 +98,14 @@ class TargetRule:
         return tuple(name for name in self._names if name not in reached)
 
     def _excluded(self, path: str) -> bool:
+        if any(f".{name}." in f".{path}." for name in self._config.saved):
+            return True
         if self._excludes is not None:
             return self._excludes(path)
         return any(_names(name, path) for name in self._config.exclude)
 
     def _targeted(self, path: str) -> bool:
-        if self._all:
+        if self._config.all_linear:
             return True
         if self._matches is not None:
             return self._matches(path)

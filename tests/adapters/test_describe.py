@@ -17,7 +17,7 @@ def test_a_good_adapter(write_lora: Any, base: BaseShape) -> None:
 
 
 def test_every_problem_is_told(write_lora: Any, base: BaseShape, tmp_path: Path) -> None:
-    report = check_adapter(write_lora(config={"use_dora": True, "bias": "all"}), base)
+    report = check_adapter(write_lora(config={"use_qalora": True, "bias": "some"}), base)
     assert report.spec is None and len(report.problems) == 2
     report = check_adapter(write_lora(config={"target_modules": ["q_proj", "v_proj", "up_proj"]}), base)
     assert report.spec is not None and len(report.problems) == 2 and "up_proj" in report.problems[0]

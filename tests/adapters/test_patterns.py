@@ -43,7 +43,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def parsed(**fields: Any) -> Any:
-    return parse_config(json.dumps({"peft_type": "LORA", **fields}).encode(), ReadLimits())
+    return parse_config({"peft_type": "LORA", **json.loads(json.dumps(fields))}, ReadLimits()).targeting
 
 
 @pytest.mark.parametrize("fields", CONFIGS, ids=range(len(CONFIGS)))

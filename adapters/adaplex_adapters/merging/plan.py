@@ -23,6 +23,11 @@ def plan_merge(shapes: Mapping[str, tuple[int, ...]], adapter: LoraAdapter) -> t
 
     Raises InvalidAdapter with every module that has no weight in the base or does not fit it: nothing may be left out.
     """
+    if not adapter.is_plain_lora:
+        raise InvalidAdapter(
+            f"an adapter of kind {adapter.spec.kind} is more than low-rank additions to linears, which is all that "
+            "can be merged; serve it beside the base instead"
+        )
     wanted = {f"{path}.weight": (path, module) for path, module in adapter.modules.items()}
     problems = [f"{path}: the base has no such weight" for name, (path, _) in wanted.items() if name not in shapes]
     for name, (path, module) in wanted.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import typer
@@ -11,8 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from adaplex_adapters.errors import AdaplexError, InvalidRequest, Unavailable
-from adaplex_adapters.folder import KEPT_FILES
+from adaplex_adapters.folder import KEPT_FILES, TENSOR_FILE
+from adaplex_adapters.peft_fields import CONFIG_FILE
 from adaplex_server.settings import SERVER_VARIABLE
+
+if TYPE_CHECKING:
+    from adaplex_adapters.spec import AdapterSpec
 
 app = typer.Typer(help="List, add, remove and check adapters.", no_args_is_help=True)
 Server = Annotated[str, typer.Option(help="Address of the running server.", envvar=SERVER_VARIABLE)]
@@ -54,10 +58,10 @@ def list_adapters(server: Server = DEFAULT_SERVER) -> None:
 @app.command("add")
 def add_adapter(name: str, folder: Path, server: Server = DEFAULT_SERVER) -> None:
     """Upload a PEFT folder and serve it under NAME; an adapter of that name is replaced without dropping a stream."""
-    missing = [file for file in KEPT_FILES if not (folder / file).is_file()]
-    if missing:
-        raise InvalidRequest(f"{folder} holds no {' and no '.join(missing)}; give the folder that PEFT saved")
-    parts = [("files", (file, (folder / file).read_bytes())) for file in KEPT_FILES]
+    there = [file for file in KEPT_FILES if (folder / file).is_file()]
+    if CONFIG_FILE not in there or len(there) < 2:
+        raise InvalidRequest(f"{folder} holds no {CONFIG_FILE} or no {TENSOR_FILE}; give the folder that PEFT saved")
+    parts = [("files", (file, (folder / file).read_bytes())) for file in there]
     added = call(server, "POST", "/v1/adapters", data={"name": name}, files=parts)
     print(f"serving {added['name']} ({added['kind']}, rank {added['rank']}) as revision {added['revision'][:12]}")
 
@@ -85,8 +89,8 @@ def check_folder(
     located = locate_base(base)
     report = check_adapter(folder, base_shape(read_config(located.folder, located.name)))
     if spec := report.spec:
-        print(f"{spec.kind}, rank {spec.rank}, {report.modules} modules ({' '.join(spec.targets)})")
-        print(f"{spec.parameters:,} parameters, {spec.nbytes / 1e6:.1f} MB, revision {spec.revision[:12]}")
+        for line in describe_spec(spec, report.modules):
+            print(line)
     for warning in report.warnings:
         print(f"warning: {warning}")
     for problem in report.problems:
@@ -94,3 +98,17 @@ def check_folder(
     if report.problems:
         raise InvalidRequest(f"{folder} would be refused for {located.name}")
     print(f"fits {located.name}")
+
+
+def describe_spec(spec: AdapterSpec, modules: int) -> list[str]:
+    """What an adapter is, in lines for a person."""
+    sizes = [
+        f"rank {spec.rank}" if spec.rank else "",
+        f"{spec.virtual_tokens} virtual tokens" if spec.virtual_tokens else "",
+        f"bottlenecks of {spec.bottleneck_size}" if spec.bottleneck_size else "",
+        f"{modules} modules ({' '.join(spec.targets)})" if modules else "",
+    ]
+    return [
+        ", ".join([spec.kind, *filter(None, sizes)]),
+        f"{spec.parameters:,} parameters, {spec.nbytes / 1e6:.1f} MB, revision {spec.revision[:12]}",
+    ]

@@ -18,6 +18,7 @@ from adaplex_adapters.errors import InvalidAdapter
 from adaplex_adapters.spec import LoraAdapter, LoraModule
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import LinearTargets, linear_targets, module_paths
+from adaplex_server.model.served_kinds import refuse_unserved
 
 RANK_PAGE = 8
 _VERSION = 1
@@ -116,7 +117,10 @@ def pages_of_rank(rank: int) -> int:
 
 @torch.inference_mode()
 def lay_out(adapter: LoraAdapter, layout: ImageLayout, take: TakePages) -> AdapterImage:
-    """The adapter's image, in pages from `take`. InvalidAdapter if a value is not finite in the layout's dtype."""
+    """The adapter's image, in pages from `take`. InvalidAdapter if a value is not finite in the layout's dtype, or the
+    adapter has a part that has no place in an image.
+    """
+    refuse_unserved(adapter)
     rank = max((module.a.shape[0] for module in adapter.modules.values()), default=0)
     pages = tuple(take(pages_of_rank(rank)))
     for page in pages:

@@ -90,4 +90,9 @@ def base_shape(config: ModelConfig) -> BaseShape:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         linears=MappingProxyType(linears),
+        embedding=FAMILIES[config.family].embedding,
+        head=FAMILIES[config.family].head,
+        tied_head=config.tied_head,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
     )
