@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from adaplex_server.model.upload import upload
+
 
 @dataclass(frozen=True)
 class KvCache:
@@ -44,6 +46,6 @@ class KvCache:
 
     def scrub(self, pages: list[int]) -> None:
         """Zero these pages: a row that failed may have left NaN, which even a zero attention weight would carry on."""
-        index = torch.tensor(pages, device=self.keys[0].device)
+        index = upload(pages, torch.int64, self.keys[0].device)
         for layer in (*self.keys, *self.values):
             layer.index_fill_(0, index, 0)

@@ -16,7 +16,7 @@ def upload(values: Numbers, dtype: torch.dtype, device: torch.device) -> torch.T
     """The values as a tensor on the device, in the current stream's order."""
     if device.type == "cpu":
         return torch.as_tensor(values, dtype=dtype)
-    host = torch.from_numpy(values).to(dtype) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
+    host = torch.as_tensor(values, dtype=dtype)
     # The allocator of pinned memory gives this piece to nobody before the copy is done.
     return host.pin_memory().to(device, non_blocking=True)
 
