@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from adaplex_adapters.errors import StartupError
+from adaplex_server.model.formats.quantization import BLOCK, BLOCKS, THRESHOLD, QuantizeKind
 
 ENV_PREFIX = "ADAPLEX_"
 # Not settings of a server: which TOML file to read, and which server the other commands talk to.
@@ -56,16 +57,34 @@ class ServerSettings(BaseModel):
         ),
     ] = None
     quantize: Annotated[
-        Literal["nf4", "none"],
+        QuantizeKind,
         Field(
             title="Base model",
-            description="How a dense checkpoint is kept in memory: quantized to NF4 in flight, or as it is.",
+            description="How a dense checkpoint is kept in memory: quantized in flight to bitsandbytes' 4-bit NF4 or "
+            "FP4, to LLM.int8, to weight-only int8 of rows (absmax or zero-point), or as it is.",
         ),
     ] = "nf4"
     double_quant: Annotated[
         bool,
-        Field(title="Base model", description="Quantize the block scales of NF4 as well (0.37 bit a parameter less)."),
+        Field(
+            title="Base model",
+            description="Quantize the block scales of NF4 and FP4 as well (0.37 bit a parameter less at blocks of 64).",
+        ),
     ] = True
+    quant_block: Annotated[
+        int,
+        Field(
+            title="Base model", description="Parameters that share a scale in NF4 and FP4: a power of two, 32 to 4096."
+        ),
+    ] = BLOCK
+    int8_threshold: Annotated[
+        float,
+        Field(
+            title="Base model",
+            ge=0,
+            description="Activations of this magnitude are outliers to LLM.int8 and kept in 16 bits; 0 for none.",
+        ),
+    ] = THRESHOLD
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(title="Base model", description="Type of activations and KV cache; auto follows the checkpoint."),
@@ -184,6 +203,13 @@ class ServerSettings(BaseModel):
         Literal["debug", "info", "warning", "error"],
         Field(title="Metrics and logs", description="What is logged, to standard error."),
     ] = "info"
+
+    @field_validator("quant_block")
+    @classmethod
+    def _known_block(cls, value: int) -> int:
+        if value not in BLOCKS:
+            raise ValueError(f"use one of {', '.join(str(block) for block in BLOCKS)}")
+        return value
 
 
 def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> ServerSettings:

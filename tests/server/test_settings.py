@@ -22,7 +22,18 @@ def test_sizes_are_read_with_their_units() -> None:
     assert load_settings(None, {}, {"kv_memory": "1.5GiB"}).kv_memory == 3 << 29
 
 
-@pytest.mark.parametrize("text", ["max_rows = 'many'", "max_rows = 0", "device = 'tpu'", "kv_memory = 'lots'"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_rows = 'many'",
+        "max_rows = 0",
+        "device = 'tpu'",
+        "kv_memory = 'lots'",
+        "quantize = 'int4'",
+        "quant_block = 100",
+        "int8_threshold = -1",
+    ],
+)
 def test_a_bad_value_in_the_file_is_refused_with_its_key(tmp_path: Path, text: str) -> None:
     file = tmp_path / "adaplex.toml"
     file.write_text(text)

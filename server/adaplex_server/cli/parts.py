@@ -80,6 +80,8 @@ def engine_settings(settings: ServerSettings, base: Path, name: str, folder: Pat
         base_name=name,
         quantize=settings.quantize,
         double_quant=settings.double_quant,
+        quant_block=settings.quant_block,
+        int8_threshold=settings.int8_threshold,
         dtype=settings.dtype,
         device=settings.device,
         max_rows=settings.max_rows,

@@ -42,6 +42,8 @@ def obtain_base(
         config=config,
         quantize=settings.quantize,
         double_quant=settings.double_quant,
+        quant_block=settings.quant_block,
+        int8_threshold=settings.int8_threshold,
         dtype=dtype,
         device=device,
         progress=progress,
@@ -59,7 +61,8 @@ def _cache(
     if settings.weight_cache is None or device.type != "cuda":
         return None
     try:
-        options = (settings.quantize, settings.double_quant, str(dtype))
+        quantized = (settings.quantize, settings.double_quant, settings.quant_block, settings.int8_threshold)
+        options = (*quantized, str(dtype))
         return WeightCache(Path(settings.weight_cache), weight_key(Path(settings.base), config, options, device))
     except OSError as error:
         log.warning("the cache of weights is not used: %s", error)

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from adaplex_server.model.formats.quantization import BLOCK, THRESHOLD, QuantizeKind
+
 CPU_STEP_TOKENS = 512
 GPU_STEP_TOKENS = 2048
 """A large step serves a long prompt faster and keeps the rows that decode beside it waiting for longer. On a GPU each
@@ -17,8 +19,9 @@ H200 1466 ms with 512 tokens a step, 930 with 2048 and 870 with 4096, whose step
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Sent as the first frame to a new engine process.
 
-    base: folder in Hugging Face layout (already local). quantize: "nf4" quantizes a dense checkpoint in flight,
-    "none" keeps it; a checkpoint that is already quantized is recognized from its own config. dtype: of activations;
+    base: folder in Hugging Face layout (already local). quantize, double_quant, quant_block, int8_threshold: how a
+    dense checkpoint is quantized in flight (`model.formats.quantization`); one that is already quantized is recognized
+    from its own config. dtype: of activations;
     "auto" follows the checkpoint (bfloat16 where it is float16 on a CPU). store: folder of the AdapterStore.
 
     max_rows: rows of one step at most. max_waiting: length of the queue. max_step_tokens: tokens of one step at most
@@ -34,8 +37,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     base: str
     store: str
     base_name: str
-    quantize: Literal["nf4", "none"] = "nf4"
+    quantize: QuantizeKind = "nf4"
     double_quant: bool = True
+    quant_block: int = BLOCK
+    int8_threshold: float = THRESHOLD
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_rows: int = 64

@@ -26,7 +26,6 @@ from adaplex_server.kernels.blockwise8 import GROUP, dynamic_code, quantize_dyna
 Kind = Literal["nf4", "fp4"]
 BLOCK = 64
 """Values in a block unless told otherwise."""
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _CHUNK = 1 << 22
 _NF4 = (
     -1.0,
@@ -116,7 +115,7 @@ class Nf4Weight:
     """One weight [N, K] in the order of a checkpoint. Read-only.
 
     codes: [ceil(N * K / 2)] uint8. absmax: [ceil(N * K / block)] float32, or NestedAbsmax where K % block == 0. kind:
-    what the codes stand for. block: one of BLOCKS.
+    what the codes stand for. block: values that share an absmax.
     """
 
     out_features: int

@@ -13,15 +13,13 @@ from types import MappingProxyType
 import torch
 
 from adaplex_adapters.errors import StartupError
-from adaplex_server.kernels.llm_int8 import THRESHOLD
-from adaplex_server.kernels.nf4 import BLOCK
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import FAMILIES, linear_targets, module_paths, norm_path
 from adaplex_server.model.formats.choice import choose_format
 from adaplex_server.model.formats.int8 import is_llm_int8
 from adaplex_server.model.formats.parts import Module, Place, ReadWeight, join, read_dense
-from adaplex_server.model.formats.quantization import Quantization, QuantizeKind
+from adaplex_server.model.formats.quantization import BLOCK, THRESHOLD, Quantization, QuantizeKind
 from adaplex_server.model.linear import Linear
 
 Progress = Callable[[str, float], None]

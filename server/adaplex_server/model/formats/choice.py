@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from adaplex_adapters.errors import StartupError
-from adaplex_server.kernels.llm_int8 import THRESHOLD
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.formats.grouped_checkpoint import parse_awq, parse_gptq
 from adaplex_server.model.formats.parts import (
@@ -19,7 +18,7 @@ from adaplex_server.model.formats.parts import (
     reading_gptq,
     reading_llm_int8,
 )
-from adaplex_server.model.formats.quantization import Quantization
+from adaplex_server.model.formats.quantization import THRESHOLD, Quantization
 from adaplex_server.model.json_file import read_json_object
 
 

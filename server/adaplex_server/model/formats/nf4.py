@@ -17,6 +17,7 @@ from adaplex_server.kernels import nf4, nf4_cpu
 from adaplex_server.kernels.blockwise8 import GROUP
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.formats.packed4 import dequantize_exact
+from adaplex_server.model.formats.quantization import BLOCKS
 from adaplex_server.model.linear import Linear
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ class GpuNf4Linear:
 
 def nf4_linear(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
     """The fastest implementation for where the weight is and for activations of `dtype`."""
-    if weight.codes.is_cuda and weight.row_aligned and dtype != torch.float32:
+    # The kernel has no table of FP4's values yet: such a weight is expanded for each product.
+    if weight.codes.is_cuda and weight.row_aligned and dtype != torch.float32 and weight.kind == "nf4":
         return _on_gpu(weight, bias, dtype)
     if dtype == torch.bfloat16 and nf4_cpu.fits(weight):
         multiply = nf4_cpu.library()
@@ -128,6 +130,7 @@ def nf4_linear(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dt
 def _on_gpu(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
     from adaplex_server.kernels.gpu.linear4 import pack
 
+    assert weight.kind == "nf4"
     rows, columns = weight.out_features, weight.in_features
     absmax = weight.plain_absmax().view(rows, -1)
     codes = nf4.unpack_codes(weight.codes).view(rows, columns)
@@ -150,10 +153,10 @@ def read_nf4(checkpoint: Checkpoint, path: str, rows: int, columns: int, device:
         raise StartupError(f"{found[0]}: only NF4 and FP4 are supported of bitsandbytes' 4-bit types")
     kind, state = STATES[stored], _state(checkpoint.read(f"{name}.{stored}"), f"{name}.{stored}")
     block = state.get("blocksize")
-    if block not in nf4.BLOCKS or tuple(state.get("shape") or ()) != (rows, columns):
+    if block not in BLOCKS or tuple(state.get("shape") or ()) != (rows, columns):
         raise StartupError(
             f"{name} is {kind.upper()} of shape {state.get('shape')} in blocks of {block}; "
-            f"expected {[rows, columns]} in blocks of one of {nf4.BLOCKS}"
+            f"expected {[rows, columns]} in blocks of one of {BLOCKS}"
         )
     table = checkpoint.read(f"{name}.quant_map", (16,))
     if not torch.equal(table, nf4.code_values(kind, table.device)):

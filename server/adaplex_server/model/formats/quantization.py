@@ -1,4 +1,4 @@
-"""What becomes of a dense checkpoint's linears while it is loaded, as the settings say it."""
+"""What becomes of a dense checkpoint's linears while it is loaded, as the settings say it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adaplex_adapters.errors import StartupError
-from adaplex_server.kernels.llm_int8 import THRESHOLD
-from adaplex_server.kernels.nf4 import BLOCK, BLOCKS
 
 QuantizeKind = Literal["nf4", "fp4", "int8", "int8-absmax", "int8-zeropoint", "none"]
+BLOCK = 64
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+THRESHOLD = 6.0
 
 
 @dataclass(frozen=True)
