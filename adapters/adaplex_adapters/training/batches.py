@@ -18,7 +18,8 @@ POOL_BATCHES = 16
 class Batch:
     """ids, labels: int64 [rows, longest]; padded on the right. learned: tokens that count, after the shift by one.
 
-    No attention mask is needed: under causal attention no real token sees the padding to its right.
+    No attention mask is needed: under causal attention no real token sees the padding to its right. Only packed rows
+    need to know which example a token is of: parts [rows, longest], counted from 0, the padding a part of its own.
     tokens: real tokens, without padding.
     """
 
@@ -26,6 +27,7 @@ class Batch:
     labels: torch.Tensor
     learned: int
     tokens: int
+    parts: torch.Tensor | None = None
 
 
 def pad_batch(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
@@ -33,12 +35,17 @@ def pad_batch(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
     longest = max(len(e.ids) for e in examples)
     ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
+    packed = any(len(e.parts) > 1 for e in examples)
+    parts = torch.full_like(ids, -1) if packed else None
     for row, example in enumerate(examples):
         length = len(example.ids)
         ids[row, :length] = torch.tensor(example.ids)
         labels[row, :length] = torch.tensor(example.labels)
+        if parts is not None:
+            lengths = torch.tensor(example.parts or (length,))
+            parts[row, :length] = torch.arange(len(lengths)).repeat_interleave(lengths)
     learned = int((labels[:, 1:] != IGNORED).sum())
-    return Batch(ids, labels, learned, tokens=sum(len(e.ids) for e in examples))
+    return Batch(ids, labels, learned, sum(len(e.ids) for e in examples), parts)
 
 
 def ordered_batches(examples: Sequence[EncodedExample], size: int, pad_id: int) -> Iterator[Batch]:
@@ -48,20 +55,25 @@ def ordered_batches(examples: Sequence[EncodedExample], size: int, pad_id: int) 
         yield pad_batch(ordered[start : start + size], pad_id)
 
 
-def shuffled_batches(examples: Sequence[EncodedExample], size: int, pad_id: int, seed: int) -> Iterator[Batch]:
-    """Endless epochs; in each, every example once, batched with others of about its length, in random order."""
-    epoch = 0
+def shuffled_batches(
+    examples: Sequence[EncodedExample], size: int, pad_id: int, seed: int, start: int = 0
+) -> Iterator[Batch]:
+    """Endless epochs; in each, every example once, batched with others of about its length, in random order.
+
+    start: batches that are left out at the beginning; what follows is the same as without.
+    """
+    epoch, skipped = divmod(start, batches_per_epoch(len(examples), size))
     while True:
         rng = random.Random(f"{seed}/{epoch}")
         order = rng.sample(range(len(examples)), len(examples))
         groups: list[list[int]] = []
-        for start in range(0, len(order), size * POOL_BATCHES):
-            pool = sorted(order[start : start + size * POOL_BATCHES], key=lambda i: len(examples[i].ids))
+        for begin in range(0, len(order), size * POOL_BATCHES):
+            pool = sorted(order[begin : begin + size * POOL_BATCHES], key=lambda i: len(examples[i].ids))
             groups += [pool[i : i + size] for i in range(0, len(pool), size)]
         rng.shuffle(groups)
-        for group in groups:
+        for group in groups[skipped:]:
             yield pad_batch([examples[i] for i in group], pad_id)
-        epoch += 1
+        epoch, skipped = epoch + 1, 0
 
 
 def batches_per_epoch(examples: int, size: int) -> int:

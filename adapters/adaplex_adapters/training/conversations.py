@@ -1,11 +1,14 @@
-"""Reading training data: JSONL in the chat or the prompt/completion form, checked line by line before anything is
-loaded.
+"""Reading training data: JSONL in the chat, the prompt/completion or the text form, or plain text, checked line by
+line before anything is loaded.
 
 Accepted rows (the first is the format of OpenAI's fine-tuning API, the others those of TRL):
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
     {"prompt": [messages], "completion": [messages]}
+    {"text": "..."}                                    every token is learned
+
+In a file that ends in .txt, each paragraph (what stands between blank lines) is one text.
 
 An assistant message with `"weight": 0` is context, not a thing to learn. Other keys of a row are left alone, except
 those that would change what the model has to learn (`tools`, `functions`): they are refused, not ignored.
@@ -23,6 +26,7 @@ from adaplex_adapters.errors import InvalidRequest, RequestTooLarge
 
 MAX_LINE_BYTES = 8 * 2**20
 MAX_FILE_BYTES = 2 * 2**30
+MAX_PARAGRAPH_LINES = 10_000
 MAX_REPORTED = 20
 ROLES = ("system", "developer", "user", "assistant")
 REFUSED_KEYS = ("tools", "functions", "tool_calls", "function_call")
@@ -65,7 +69,27 @@ class Completion:
         return json.dumps(self.prompt)
 
 
-Example = Chat | Completion
+@dataclass(frozen=True)
+class PlainText:
+    """Text whose every token is learned; `line` counts from 1."""
+
+    line: int
+    text: str
+
+    @property
+    def prompt_key(self) -> str:
+        """For telling duplicates: nothing is asked, so the text itself."""
+        return json.dumps(self.text)
+
+
+Example = Chat | Completion | PlainText
+
+
+def answer_of(example: Example) -> str:
+    """What the example teaches last: the answer to compare a generated one with."""
+    if isinstance(example, Chat):
+        return next(m.content for m in reversed(example.messages) if m.learned)
+    return example.completion if isinstance(example, Completion) else example.text
 
 
 class _RowError(Exception):
@@ -73,7 +97,7 @@ class _RowError(Exception):
 
 
 def read_examples(path: Path) -> tuple[Example, ...]:
-    """All examples of a JSONL file, in order. Blank lines are skipped.
+    """All examples of a JSONL or .txt file, in order. Blank lines are skipped.
 
     Raises InvalidRequest naming up to 20 bad lines at once, RequestTooLarge over the size limits.
     """
@@ -87,9 +111,10 @@ def read_examples(path: Path) -> tuple[Example, ...]:
         raise RequestTooLarge(f"the training data has {size} bytes; the limit is {MAX_FILE_BYTES}", param="data")
     examples: list[Example] = []
     problems: list[str] = []
-    for line, raw in _lines(path):
+    rows, parse = (_paragraphs(path), _paragraph) if path.suffix.lower() == ".txt" else (_lines(path), parse_row)
+    for line, raw in rows:
         try:
-            examples.append(parse_row(raw, line))
+            examples.append(parse(raw, line))
         except _RowError as error:
             problems.append(f"line {line}: {error}")
             if len(problems) == MAX_REPORTED:
@@ -113,6 +138,33 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, raw
 
 
+def _paragraphs(path: Path) -> Iterator[tuple[int, bytes]]:
+    """What stands between blank lines, with the number of its first line."""
+    begun, last = 0, 0
+    pieces: list[bytes] = []
+    for line, raw in _lines(path):
+        if pieces and line > last + 1:
+            yield begun, b"".join(pieces)
+            pieces = []
+        if not pieces:
+            begun = line
+        pieces.append(raw)
+        last = line
+        if len(pieces) > MAX_PARAGRAPH_LINES:
+            raise RequestTooLarge(
+                f"the paragraph of line {begun} has more than {MAX_PARAGRAPH_LINES} lines", param="data"
+            )
+    if pieces:
+        yield begun, b"".join(pieces)
+
+
+def _paragraph(raw: bytes, line: int) -> Example:
+    try:
+        return PlainText(line, raw.decode("utf-8-sig" if line == 1 else "utf-8").strip())
+    except UnicodeDecodeError as error:
+        raise _RowError(f"not UTF-8 (byte {error.start} of the paragraph)") from error
+
+
 def parse_row(raw: bytes, line: int) -> Example:
     """One line of the file. Raises a private error that `read_examples` turns into an InvalidRequest."""
     try:
@@ -132,7 +184,13 @@ def parse_row(raw: bytes, line: int) -> Example:
         return Chat(line, _learnable(_messages(row["messages"], "messages")))
     if "prompt" in row and "completion" in row:
         return _prompt_completion(row["prompt"], row["completion"], line)
-    raise _RowError("needs 'messages', or 'prompt' and 'completion'; has " + (", ".join(map(repr, row)) or "nothing"))
+    if "text" in row:
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise _RowError("'text' must be text that is not empty")
+        return PlainText(line, row["text"])
+    raise _RowError(
+        "needs 'messages', 'prompt' and 'completion', or 'text'; has " + (", ".join(map(repr, row)) or "nothing")
+    )
 
 
 def _prompt_completion(prompt: Any, completion: Any, line: int) -> Example:

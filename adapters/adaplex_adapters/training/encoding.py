@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from adaplex_adapters.errors import InvalidRequest
-from adaplex_adapters.training.conversations import Chat, Completion, Example, Message
+from adaplex_adapters.training.conversations import Chat, Completion, Example, Message, PlainText
 
 IGNORED = -100
 """The label of a token that does not count in the loss (torch's own default for cross entropy)."""
@@ -32,11 +32,15 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """ids and labels have one length; labels[i] is ids[i] where learned and IGNORED elsewhere (not shifted)."""
+    """ids and labels have one length; labels[i] is ids[i] where learned and IGNORED elsewhere (not shifted).
+
+    parts: lengths of the examples that a packed row consists of.
+    """
 
     line: int
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+    parts: tuple[int, ...] = ()
 
     @property
     def learned(self) -> int:
@@ -49,10 +53,13 @@ def encode_example(example: Example, tokenizer: ChatTokenizer) -> EncodedExample
 
     Raises InvalidRequest where the template cannot be taken apart or does not accept the roles.
     """
+    if isinstance(example, PlainText):
+        ids = _plain_ids(example, tokenizer)
+        return EncodedExample(example.line, tuple(ids), tuple(ids))
     segments = (
         _completion_segments(example, tokenizer) if isinstance(example, Completion) else _chat(example, tokenizer)
     )
-    ids: list[int] = []
+    ids = []
     labels: list[int] = []
     for segment_ids, segment_labels in segments:
         ids += segment_ids
@@ -60,8 +67,11 @@ def encode_example(example: Example, tokenizer: ChatTokenizer) -> EncodedExample
     return EncodedExample(example.line, tuple(ids), tuple(labels))
 
 
-def prompt_ids(example: Chat, tokenizer: ChatTokenizer) -> list[int]:
+def prompt_ids(example: Example, tokenizer: ChatTokenizer) -> list[int]:
     """The ids from which the last learned answer is to be generated."""
+    if isinstance(example, Completion):
+        return tokenizer.encode(example.prompt, add_special_tokens=True)
+    assert isinstance(example, Chat)
     last = max(i for i, m in enumerate(example.messages) if m.learned)
     return tokenizer.encode(render(tokenizer, example.messages[:last], answer_next=True), add_special_tokens=False)
 
@@ -73,6 +83,12 @@ def render(tokenizer: ChatTokenizer, messages: tuple[Message, ...], answer_next:
     plain = [{"role": m.role, "content": m.content} for m in messages]
     text: str = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=answer_next)
     return text
+
+
+def _plain_ids(example: PlainText, tokenizer: ChatTokenizer) -> list[int]:
+    """As the tokenizer encodes a text, with the token that ends it."""
+    ids = tokenizer.encode(example.text, add_special_tokens=True)
+    return ids if ids[-1:] == _end(tokenizer) else ids + _end(tokenizer)
 
 
 def _completion_segments(example: Completion, tokenizer: ChatTokenizer) -> list[tuple[list[int], list[int]]]:

@@ -5,6 +5,7 @@ The rows are chats whose last message is the answer. The same rows go both ways,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import urllib.error
 import urllib.request
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from adaplex_adapters.errors import Unavailable, error_named
-from adaplex_adapters.training.conversations import Chat
+from adaplex_adapters.training.conversations import Chat, Example, answer_of
 from adaplex_adapters.training.encoding import prompt_ids
 from adaplex_adapters.training.frozen_base import FrozenBase
 
@@ -60,11 +61,11 @@ def load_with_adapter(base: FrozenBase, adapter: Path) -> FrozenBase:
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(base.model, str(adapter))
-    return FrozenBase(model.eval(), base.tokenizer, base.name, base.device)
+    return dataclasses.replace(base, model=model.eval())
 
 
 @torch.no_grad()
-def greedy_answers(base: FrozenBase, rows: Sequence[Chat], batch_size: int = 16) -> list[str]:
+def greedy_answers(base: FrozenBase, rows: Sequence[Example], batch_size: int = 16) -> list[str]:
     """One greedy answer a row, not much longer than the right one, batched with rows of about the same length."""
     tokenizer = base.tokenizer
     prompts = [prompt_ids(row, tokenizer) for row in rows]
@@ -73,7 +74,7 @@ def greedy_answers(base: FrozenBase, rows: Sequence[Chat], batch_size: int = 16)
     base.model.eval()
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
-        limit = answer_limit(len(tokenizer.encode(rows[i].messages[-1].content)) for i in group)
+        limit = answer_limit(len(tokenizer.encode(answer_of(rows[i]))) for i in group)
         for i, text in zip(group, _generate(base, [prompts[i] for i in group], limit), strict=True):
             answers[i] = text
     return answers

@@ -1,9 +1,11 @@
-"""Loading the quantized base for training and for scoring with PEFT. The weights are frozen; nobody writes to them.
+"""Loading the base for training and for scoring with PEFT: dense, NF4, FP4, int8 or GPTQ. The weights are frozen;
+nobody writes to them.
 
-On a GPU the linears stay bitsandbytes' 4-bit ones. On a CPU each is replaced by its dequantized values, kept in
-memory: the gradient of QLoRA goes through exactly those values, but bitsandbytes computes them anew in each forward
+On a GPU the linears stay as they are stored. On a CPU each quantized one is replaced by its dequantized values, kept in
+memory: the gradient of QLoRA goes through exactly those values, but they would be computed anew in each forward
 and each backward pass. For SmolLM2-135M on two cores a step of 16 x 64 tokens takes 2.5-2.8 s this way and 6.0 s with
-4-bit linears, for 200 MB more memory. The values are the same: a test compares them, and the logits.
+bitsandbytes' linears, for 200 MB more memory. The values are the same: a test compares them, and the logits. (On a
+CPU bitsandbytes itself multiplies int8 weights so; on a GPU LLM.int8 rounds the inputs too.)
 
 bitsandbytes repacks 4-bit weights in place when an eval-mode forward runs on a CPU with AVX512-BF16, after which
 gradients and dequantization are wrong. So `support_avx512bf16_for_cpu` is turned off before anything runs.
@@ -12,6 +14,7 @@ gradients and dequantization are wrong. So `support_avx512bf16_for_cpu` is turne
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +22,26 @@ from typing import Any
 import torch
 
 from adaplex_adapters.errors import StartupError
+from adaplex_adapters.training.gptq_base import load_gptq_model
+from adaplex_adapters.training.gptq_linear import GptqLinear
+from adaplex_adapters.training.options import TrainOptions
+
+FORMATS = ("none", "nf4", "fp4", "int8", "gptq")
 
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """model: a transformers causal LM with frozen weights; tokenizer: its own. name goes into adapter_config.json."""
+    """model: a transformers causal LM with frozen weights; tokenizer: its own. name goes into adapter_config.json.
+
+    form: "none" (dense), "nf4", "fp4", "int8" or "gptq". folder: where it was loaded from.
+    """
 
     model: Any
     tokenizer: Any
     name: str
     device: torch.device
+    form: str = "nf4"
+    folder: Path | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -36,32 +49,63 @@ class FrozenBase:
         return int(self.model.config.hidden_size)
 
 
-def load_frozen_base(folder: Path, name: str, device: str = "auto") -> FrozenBase:
-    """The base of a folder in Hugging Face layout: NF4 as bitsandbytes saved it, or dense and then quantized here.
+def load_frozen_base(
+    folder: Path,
+    name: str,
+    device: str = "auto",
+    options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
+) -> FrozenBase:
+    """The base of a folder in Hugging Face layout: quantized as it was saved, or dense and then kept as
+    `options.quantize` says.
 
     Raises StartupError when the folder is not a base, when a library is missing, or for an unsupported quantization.
     """
-    config = _read_config(folder)
+    config = read_base_config(folder)
+    form = base_form(config, options)
     try:
-        import bitsandbytes
         import peft  # noqa: F401 (wanted soon: better missed here, before the base is loaded)
         import transformers
+
+        if form not in ("none", "gptq"):
+            import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise StartupError(f"training needs the extra 'train' (pip install 'adaplex[train]'): {error}") from error
     transformers.utils.logging.disable_progress_bar()
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, dtype=torch.bfloat16, device_map={"": place}, **_quantization(config)
-    )
-    for layer in model.modules():
-        if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            layer.support_avx512bf16_for_cpu = False
-    if place.type == "cpu":
-        keep_dequantized(model, cpu_compute_dtype())
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one warning a product
+    place = training_device(device)
+    dtype = compute_dtype(options.precision, place)
+    if form == "gptq":
+        model = load_gptq_model(folder, config["quantization_config"], dtype, place)
+    else:
+        wanted = {} if config.get("quantization_config") else _quantization(form, options, dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=_loading_dtype(form, dtype), device_map={"": place}, **wanted
+        )
+    if place.type == "cpu" and form != "none":
+        keep_dequantized(model, dtype)
     model.requires_grad_(False)
     model.config.use_cache = False
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return FrozenBase(model, tokenizer, name, place)
+    return FrozenBase(model, load_tokenizer(folder), name, place, form, folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The base's tokenizer, with its chat template."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def training_device(device: str) -> torch.device:
+    """ "auto" is the GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the base multiplies in."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision != "auto":
+        return named[precision]
+    return torch.bfloat16 if device.type == "cuda" else cpu_compute_dtype()
 
 
 def cpu_compute_dtype() -> torch.dtype:
@@ -70,21 +114,35 @@ def cpu_compute_dtype() -> torch.dtype:
 
 
 def keep_dequantized(model: Any, dtype: torch.dtype) -> None:
-    """Replace every 4-bit linear by a dense one that holds its dequantized values [out_features, in_features]."""
-    import bitsandbytes
-
+    """Replace every quantized linear by a dense one that holds its dequantized values [out_features, in_features]."""
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            dense.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-            dense.bias = layer.bias
-            model.set_submodule(path, dense)
+        weight = _dequantized(layer, dtype)
+        if weight is None:
+            continue
+        dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        dense.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+        dense.bias = layer.bias
+        model.set_submodule(path, dense)
     # transformers forbids changing the dtype of a quantized model; by now it is a dense one.
     torch.nn.Module.to(model, dtype)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    """The values of a quantized linear; None for any other module."""
+    if isinstance(layer, GptqLinear):
+        return layer.dequantized(dtype)
+    kind = type(layer.weight).__name__ if isinstance(layer, torch.nn.Linear) else ""
+    if kind == "Params4bit":
+        import bitsandbytes
+
+        layer.support_avx512bf16_for_cpu = False
+        return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    # Vector-wise absmax (LLM.int8, Dettmers et al. 2022): a scale a row, of which 127 is the largest code.
+    return layer.weight.data.float() * (layer.weight.SCB.float() / 127)[:, None] if kind == "Int8Params" else None
+
+
+def read_base_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises StartupError when there is none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -96,19 +154,49 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+def base_form(config: dict[str, Any], options: TrainOptions) -> str:
+    """How the base's linears will be kept: one of FORMATS. Raises StartupError for what cannot be trained on."""
     found = config.get("quantization_config")
     if found is None:
-        from transformers import BitsAndBytesConfig
-
-        wanted = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        return {"quantization_config": wanted}
-    if found.get("quant_method") != "bitsandbytes" or not found.get("load_in_4bit", found.get("_load_in_4bit")):
+        return "nf4" if options.quantize == "auto" else options.quantize
+    form = _stored_form(found)
+    if form is None:
         method = found.get("quant_method")
-        raise StartupError(f"training on a base quantized by {method!r} is not supported; use a dense or 4-bit one")
-    return {}
+        raise StartupError(
+            f"training on a base quantized by {method!r} is not supported; use a dense, bitsandbytes or GPTQ one"
+        )
+    if options.quantize not in ("auto", form):
+        raise StartupError(f"the base is quantized as {form} already; quantize={options.quantize} needs a dense base")
+    return form
+
+
+def _stored_form(found: dict[str, Any]) -> str | None:
+    method = found.get("quant_method")
+    if method == "gptq":
+        return "gptq"
+    if method != "bitsandbytes":
+        return None
+    if found.get("load_in_8bit", found.get("_load_in_8bit")):
+        return "int8"
+    return str(found.get("bnb_4bit_quant_type", "nf4"))
+
+
+def _quantization(form: str, options: TrainOptions, dtype: torch.dtype) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    if form == "none":
+        return {}
+    if form == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    wanted = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=form,
+        bnb_4bit_use_double_quant=options.double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
+    )
+    return {"quantization_config": wanted}
+
+
+def _loading_dtype(form: str, dtype: torch.dtype) -> torch.dtype:
+    """Quantized bases are read in bfloat16, whatever they multiply in: the values must be those that are served."""
+    return dtype if form in ("none", "int8") or dtype == torch.float16 else torch.bfloat16

@@ -1,4 +1,6 @@
-"""The training loop: batches in, one report a step out. Owns the optimizer; changes only the adapter's weights."""
+"""The steps of training. `Course` owns the optimizer and the number of the step; it changes only the adapter's
+weights.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ import torch
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_adapters.training.answer_loss import answer_loss
 from adaplex_adapters.training.batches import Batch
+from adaplex_adapters.training.methods.adapter import TrainedAdapter
+from adaplex_adapters.training.optimizers import make_optimizer, rate_at
 from adaplex_adapters.training.options import TrainOptions
+from adaplex_adapters.training.precision import loss_scaler, mixed
 
 
 @dataclass(frozen=True)
@@ -27,66 +32,96 @@ class StepReport:
     tokens: int
 
 
-def rate_at(step: int, steps: int, warmup: float) -> float:
-    """Factor of the learning rate for step 0..steps-1: rises linearly over the warm-up share, then falls along a
-    cosine.
-    """
-    rising = max(1, round(steps * warmup)) if warmup > 0 else 0
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+@dataclass(frozen=True)
+class CourseState:
+    """All that the next step depends on, besides the weights and the batches: tensors by name, and plain numbers."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    numbers: dict[str, Any]
 
 
-def training_steps(
-    model: Any, batches: Iterator[Batch], options: TrainOptions, steps: int, rate: float, device: torch.device
-) -> Iterator[StepReport]:
-    """Run `steps` updates, yielding after each. A step's gradient is the mean over all learned tokens of its batches.
+class Course:
+    """A run of `steps` updates with the highest learning rate `rate`, from step 0 or from a restored state."""
 
-    Raises InvalidRequest when the loss is no longer finite.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, rate, options.weight_decay, device)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps, options.warmup))
-    model.train()
-    for step in range(1, steps + 1):
-        group = list(itertools.islice(batches, options.accumulation))
-        learned = sum(b.learned for b in group)
-        total = 0.0
+    def __init__(
+        self, adapter: TrainedAdapter, options: TrainOptions, steps: int, rate: float, device: torch.device
+    ) -> None:
+        self._adapter, self._options, self._device = adapter, options, device
+        self._steps, self._rate, self.step = steps, rate, 0
+        self._trained = list(adapter.trained().values())
+        self._optimizer = make_optimizer(self._trained, options, rate, device)
+        self._scaler = loss_scaler(options, device)
+
+    def advance(self, batches: Iterator[Batch]) -> StepReport:
+        """One update from the next `accumulation` batches. Its gradient is the mean over all their learned tokens.
+
+        Raises InvalidRequest when the loss is no longer finite.
+        """
+        group = list(itertools.islice(batches, self._options.accumulation))
+        learned = max(1, sum(b.learned for b in group))
+        self._adapter.model.train()
+        total = torch.zeros((), device=self._device)
         for batch in group:
-            loss = answer_loss(model, batch, device) / learned
-            loss.backward()
-            total += loss.item()
-        if not math.isfinite(total):
+            with mixed(self._options, self._device):
+                loss = answer_loss(self._adapter, batch, self._device) / learned
+            self._scaler.scale(loss).backward()
+            total += loss.detach()
+        used = self._rate * rate_at(self.step, self._steps, self._options.warmup, self._options.schedule)
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, self._options.clip or math.inf)
+        loss_value = float(total)
+        if not math.isfinite(loss_value):
             raise InvalidRequest(
-                f"training diverged: the loss of step {step} is {total}; use a lower learning rate than {rate:g}",
+                f"training diverged: the loss of step {self.step + 1} is {loss_value}; use a lower learning rate than "
+                f"{self._rate:g}",
                 param="learning_rate",
             )
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, options.clip or math.inf))
-        used = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield StepReport(step, total, float(used), norm, sum(b.tokens for b in group))
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = used
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return StepReport(self.step, loss_value, used, float(norm), sum(b.tokens for b in group))
 
+    def state(self) -> CourseState:
+        """A copy that later steps do not change."""
+        tensors = {"random.cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self._device)
+        numbers: dict[str, Any] = {"scaler": self._scaler.state_dict(), "optimizer": {}}
+        for index, values in self._optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{index}.{key}"] = value.detach().cpu().clone()
+                else:
+                    numbers["optimizer"][f"{index}.{key}"] = value
+        return CourseState(self.step, tensors, numbers)
 
-def make_optimizer(
-    trained: list[torch.nn.Parameter], rate: float, weight_decay: float, device: torch.device
-) -> torch.optim.Optimizer:
-    """AdamW with float32 state; on a GPU bitsandbytes' paged form, whose state can leave the device under pressure."""
-    if device.type == "cuda":
-        from bitsandbytes.optim import PagedAdamW32bit
-
-        paged: torch.optim.Optimizer = PagedAdamW32bit(trained, lr=rate, weight_decay=weight_decay)
-        return paged
-    return torch.optim.AdamW(trained, lr=rate, weight_decay=weight_decay)
+    def restore(self, state: CourseState) -> None:
+        """Go on as the course that `state` was taken from would have."""
+        values: dict[int, dict[str, Any]] = {}
+        held = [(n.removeprefix("optimizer."), t) for n, t in state.tensors.items() if n.startswith("optimizer.")]
+        for name, value in (*held, *state.numbers["optimizer"].items()):
+            index, _, key = name.partition(".")
+            values.setdefault(int(index), {})[key] = value.clone() if isinstance(value, torch.Tensor) else value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": values, "param_groups": groups})
+        self._scaler.load_state_dict(state.numbers["scaler"])
+        torch.set_rng_state(state.tensors["random.cpu"])
+        if "random.cuda" in state.tensors and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state.tensors["random.cuda"], self._device)
+        self.step = state.step
 
 
 @torch.no_grad()
-def mean_loss(model: Any, batches: Iterable[Batch], device: torch.device) -> float:
+def mean_loss(adapter: TrainedAdapter, batches: Iterable[Batch], options: TrainOptions, device: torch.device) -> float:
     """Mean -log p over all learned tokens of the batches (nats); the model is left in eval mode."""
-    model.eval()
+    adapter.model.eval()
     total, learned = 0.0, 0
     for batch in batches:
-        total += float(answer_loss(model, batch, device))
+        with mixed(options, device):
+            total += float(answer_loss(adapter, batch, device))
         learned += batch.learned
-    return total / learned
+    return total / max(1, learned)

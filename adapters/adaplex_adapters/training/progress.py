@@ -1,24 +1,31 @@
-"""Telling a person how training goes: a bar on a terminal, lines everywhere else."""
+"""Telling how training goes: a bar on a terminal, lines everywhere else, events for programs (in `events`)."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from adaplex_adapters.training.loop import StepReport
+from adaplex_adapters.training.measuring import Measurement
 
 
 class Progress(Protocol):
-    """What the trainer tells while it works."""
+    """What the trainer tells while it works. begin: `done` of `steps` were done before this process."""
 
     def note(self, text: str) -> None: ...
 
-    def begin(self, steps: int) -> None: ...
+    def begin(self, steps: int, done: int) -> None: ...
 
     def step(self, report: StepReport) -> None: ...
+
+    def measured(self, found: Measurement, best: bool) -> None: ...
+
+    def saved(self, step: int, path: Path) -> None: ...
 
     def end(self) -> None: ...
 
@@ -28,22 +35,32 @@ class LineProgress:
 
     def __init__(self, stream: TextIO, every: float = 10.0) -> None:
         self._stream, self._every = stream, every
-        self._steps = 0
+        self._steps = self._done = self._tokens = 0
         self._began = 0.0
         self._last = -math.inf
 
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
-    def begin(self, steps: int) -> None:
-        self._steps, self._began, self._last = steps, time.monotonic(), -math.inf
+    def begin(self, steps: int, done: int) -> None:
+        self._steps, self._done, self._tokens = steps, done, 0
+        self._began, self._last = time.monotonic(), -math.inf
 
     def step(self, report: StepReport) -> None:
         now = time.monotonic()
+        self._tokens += report.tokens
         if now - self._last >= self._every or report.step == self._steps:
             self._last = now
-            left = (now - self._began) / report.step * (self._steps - report.step)
-            self.note(f"step {report.step}/{self._steps}  loss {report.loss:.4f}  {left:.0f} s left")
+            seconds = max(1e-9, now - self._began)
+            left = seconds / max(1, report.step - self._done) * (self._steps - report.step)
+            speed = f"{self._tokens / seconds:.0f} tokens/s"
+            self.note(f"step {report.step}/{self._steps}  loss {report.loss:.4f}  {speed}  {left:.0f} s left")
+
+    def measured(self, found: Measurement, best: bool) -> None:
+        self.note(measurement_line(found, best))
+
+    def saved(self, step: int, path: Path) -> None:
+        pass
 
     def end(self) -> None:
         pass
@@ -71,9 +88,9 @@ class BarProgress:
     def note(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, done: int) -> None:
         self._began, self._tokens = time.monotonic(), 0
-        self._task = self._bar.add_task("training", total=steps, loss=float("nan"), speed=0.0)
+        self._task = self._bar.add_task("training", total=steps, completed=done, loss=float("nan"), speed=0.0)
         self._bar.start()
 
     def step(self, report: StepReport) -> None:
@@ -81,8 +98,50 @@ class BarProgress:
         speed = self._tokens / max(1e-9, time.monotonic() - self._began)
         self._bar.update(self._task, completed=report.step, loss=report.loss, speed=speed)
 
+    def measured(self, found: Measurement, best: bool) -> None:
+        self.note(measurement_line(found, best))
+
+    def saved(self, step: int, path: Path) -> None:
+        pass
+
     def end(self) -> None:
         self._bar.stop()
+
+
+class SeveralProgress:
+    """Tells all of several."""
+
+    def __init__(self, parts: Sequence[Progress]) -> None:
+        self._parts = parts
+
+    def note(self, text: str) -> None:
+        self._tell("note", text)
+
+    def begin(self, steps: int, done: int) -> None:
+        self._tell("begin", steps, done)
+
+    def step(self, report: StepReport) -> None:
+        self._tell("step", report)
+
+    def measured(self, found: Measurement, best: bool) -> None:
+        self._tell("measured", found, best)
+
+    def saved(self, step: int, path: Path) -> None:
+        self._tell("saved", step, path)
+
+    def end(self) -> None:
+        self._tell("end")
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        for part in self._parts:
+            getattr(part, what)(*arguments)
+
+
+def measurement_line(found: Measurement, best: bool) -> str:
+    """ "held-out loss after step 40: 0.1234 (perplexity 1.13), exact_match 0.920, best so far" """
+    metrics = "".join(f", {name} {value:.3f}" for name, value in found.metrics.items())
+    shown = f"{found.loss:.4f} (perplexity {found.perplexity:.2f}){metrics}"
+    return f"held-out loss after step {found.step}: {shown}{', best so far' if best else ''}"
 
 
 class ShownProgress:

@@ -1,109 +1,280 @@
-"""From a file of examples to a PEFT folder: the one place that calls the steps of training in order. Keeps nothing."""
+"""The trainer: the one place that calls the steps of training in order.
+
+`Run` owns what changes while an adapter is trained; with `Checkpoints` it can be stopped at any moment, by a signal or
+by kill -9, and goes on from the last checkpoint to the same adapter, bit for bit.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-import random
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adaplex_adapters.errors import InvalidRequest
-from adaplex_adapters.training.batches import batches_per_epoch, ordered_batches, shuffled_batches
+from adaplex_adapters.training.batches import Batch, batches_per_epoch, shuffled_batches
+from adaplex_adapters.training.checkpoints import Checkpoint, Checkpoints
 from adaplex_adapters.training.conversations import Example
-from adaplex_adapters.training.encoding import EncodedExample, encode_example
+from adaplex_adapters.training.encoding import EncodedExample
 from adaplex_adapters.training.frozen_base import FrozenBase
-from adaplex_adapters.training.loop import mean_loss, training_steps
-from adaplex_adapters.training.options import ALL_LINEAR, TrainOptions, learning_rate_for
+from adaplex_adapters.training.loop import Course, StepReport
+from adaplex_adapters.training.measuring import Measurement, Measuring
+from adaplex_adapters.training.memory import peak_bytes, reset_peak
+from adaplex_adapters.training.methods.adapter import TrainedAdapter
+from adaplex_adapters.training.methods.attach import attach_adapter
+from adaplex_adapters.training.options import TrainOptions, plain_fields
+from adaplex_adapters.training.packing import check_packable, pack
 from adaplex_adapters.training.progress import Progress
-from adaplex_adapters.training.result import round_adapter, save_adapter
-from adaplex_adapters.training.split import split_examples
+from adaplex_adapters.training.report.record import RunRecord, Sample, TrainResult
+from adaplex_adapters.training.report.writer import write_report
+from adaplex_adapters.training.result import check_replaceable, save_adapter
+from adaplex_adapters.training.rows import Rows, prepare_rows
 
 SAVED_DTYPE = torch.bfloat16
-SHOWN_LINES = 8
+LONGEST_CURVE = 4000
+# What may differ between the parts of an interrupted run: it changes no weight.
+_FREE_TO_CHANGE = ("logging_steps", "tensorboard", "save_strategy", "save_steps", "save_total_limit", "save_only_model")
+
+
+class Paused(Exception):
+    """Training was asked to stop and has written a checkpoint; step: updates done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"paused after step {step}")
+        self.step = step
 
 
 @dataclass(frozen=True)
-class TrainResult:
-    """Losses are means over the answers' tokens (nats); those on held-out rows are None when none were held out.
-
-    parameters: trained scalars. tokens: real tokens read in all steps. seconds: the steps alone.
+class Surroundings:
+    """What is around a run. checkpoints: None for a run that cannot be resumed. stop: asked after each step; True
+    ends it with a checkpoint and Paused. report: whether the folder gets a model card, plots and a page beside the
+    adapter. planned_bytes: the plan's memory, to stand beside the measured.
     """
 
-    out: Path
-    examples: int
-    held_out: int
-    too_long: int
-    parameters: int
-    steps: int
-    tokens: int
-    seconds: float
-    loss_first: float
-    loss_last: float
-    held_out_before: float | None
-    held_out_after: float | None
+    checkpoints: Checkpoints | None = None
+    stop: Callable[[], bool] = lambda: False
+    report: bool = False
+    planned_bytes: int | None = None
+    source: str | None = None
 
 
-@dataclass(frozen=True)
-class _Rows:
-    train: list[EncodedExample]
-    held_out: list[EncodedExample]
-    too_long: int
+@dataclass
+class _Kept:
+    """What a checkpoint keeps beside weights and optimizer. Owned by Run; plain numbers, as JSON has them.
+
+    curve: [step, loss, rate] of the steps so far, thinned. history: measurements. stale: those since the best one.
+    """
+
+    before: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    stale: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    curve: list[list[float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    base_answers: list[str] = field(default_factory=list)
 
 
 def train_adapter(
-    examples: tuple[Example, ...], base: FrozenBase, out: Path, options: TrainOptions, progress: Progress
+    examples: tuple[Example, ...],
+    base: FrozenBase,
+    out: Path,
+    options: TrainOptions,
+    progress: Progress,
+    surroundings: Surroundings = Surroundings(),
 ) -> TrainResult:
-    """Train a fresh LoRA adapter on the examples and write it to `out`.
+    """Train a fresh adapter on the examples, hold some out to measure it, and write it to `out`."""
+    return train_rows(prepare_rows(examples, base.tokenizer, options), base, out, options, progress, surroundings)
 
-    The base's weights are not changed, but PEFT puts its layers into `base.model`: load a base anew for the next run.
+
+def train_rows(
+    rows: Rows,
+    base: FrozenBase,
+    out: Path,
+    options: TrainOptions,
+    progress: Progress,
+    surroundings: Surroundings = Surroundings(),
+) -> TrainResult:
+    """The same for rows that are prepared. The base is afterwards what it was: the next adapter can be trained on it.
+
+    Raises Paused when asked to stop, InvalidRequest when the loss diverges or an option does not fit the base,
+    Conflict for a folder or checkpoints of something else.
     """
-    rows = _encode(examples, base, options, progress)
-    model = attach_lora(base, options)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    progress.note(f"{len(rows.train)} rows to learn, {len(rows.held_out)} held out, {parameters:,} weights to train")
-    pad = _pad_id(base.tokenizer)
+    check_replaceable(out)
+    for note in rows.report.notes(options.max_length):
+        progress.note(note)
+    run = Run(rows, base, options, progress, surroundings)
+    try:
+        run.train()
+        return run.finish(out)
+    finally:
+        run.adapter.detach()
 
-    def held_out_loss() -> float | None:
-        measured = ordered_batches(rows.held_out, options.batch_size, pad)
-        return mean_loss(model, measured, base.device) if rows.held_out else None
 
-    before = held_out_loss()
-    if before is not None:
-        progress.note(f"held-out loss before: {before:.4f}")
-    steps = count_steps(len(rows.train), options)
-    rate = options.learning_rate or learning_rate_for(base.hidden_size)
-    batches = shuffled_batches(rows.train, options.batch_size, pad, options.seed)
-    progress.begin(steps)
-    began, tokens, losses = time.monotonic(), 0, []
-    for report in training_steps(model, batches, options, steps, rate, base.device):
-        tokens += report.tokens
-        losses.append(report.loss)
-        progress.step(report)
-    seconds = time.monotonic() - began
-    progress.end()
-    round_adapter(model, SAVED_DTYPE)
-    after = held_out_loss()
-    if after is not None:
-        progress.note(f"held-out loss after: {after:.4f}")
-    save_adapter(model, out, base.name, SAVED_DTYPE)
-    return TrainResult(
-        out=out,
-        examples=len(rows.train),
-        held_out=len(rows.held_out),
-        too_long=rows.too_long,
-        parameters=parameters,
-        steps=steps,
-        tokens=tokens,
-        seconds=seconds,
-        loss_first=losses[0],
-        loss_last=losses[-1],
-        held_out_before=before,
-        held_out_after=after,
-    )
+class Run:
+    """One adapter's training. Owns the course, the best weights and the record of what happened."""
+
+    def __init__(
+        self, rows: Rows, base: FrozenBase, options: TrainOptions, progress: Progress, surroundings: Surroundings
+    ) -> None:
+        self._rows, self._base, self._options = rows, base, options
+        self._progress, self._around = progress, surroundings
+        self._learned = _sequences(rows, base, options)
+        self._pad = pad_id(base.tokenizer)
+        self._steps = count_steps(len(self._learned), options)
+        reset_peak(base.device)
+        self.adapter: TrainedAdapter = attach_adapter(base, options)
+        self._parameters = sum(p.numel() for p in self.adapter.trained().values())
+        rate = options.rate(base.hidden_size)
+        self._course = Course(self.adapter, options, self._steps, rate, base.device)
+        self._measuring = Measuring(base, self.adapter, rows, options, self._pad)
+        self._best_weights: dict[str, torch.Tensor] = {}
+        self._kept = _Kept()
+        self._digest = run_digest(rows, base, options)
+
+    def train(self) -> None:
+        """Steps until the end, from the beginning or from the latest checkpoint."""
+        count, held = len(self._rows.train), len(self._rows.held_out)
+        self._progress.note(f"{count} rows to learn, {held} held out, {self._parameters:,} weights to train")
+        if not self._resume():
+            self._measure_base()
+        self._progress.begin(self._steps, self._course.step)
+        batches = self._batches()
+        began = time.monotonic()
+        while self._course.step < self._steps:
+            report = self._course.advance(batches)
+            self._record(report)
+            self._progress.step(report)
+            stopping = self._around.stop()
+            self._kept.seconds, began = self._kept.seconds + time.monotonic() - began, time.monotonic()
+            measured = self._due(self._options.eval_strategy, self._options.eval_steps, at_end=True)
+            stopped_early = measured and self._measure()
+            if measured or stopping or self._due(self._options.save_strategy, self._options.save_steps, at_end=False):
+                self._save()
+            began = time.monotonic()
+            if stopped_early:
+                self._progress.note(f"stopped early: no better measurement in {self._options.early_stopping} of them")
+                break
+            if stopping and self._course.step < self._steps:
+                raise Paused(self._course.step)
+        self._progress.end()
+
+    def finish(self, out: Path) -> TrainResult:
+        """Take the best weights, round them, measure them once more, and write the result."""
+        best = self._kept.best
+        if self._options.keep_best and self._best_weights:
+            _load(self.adapter, self._best_weights)
+        self.adapter.settle(SAVED_DTYPE)
+        after = self._measuring.adapter(self._course.step)
+        if after is not None:
+            self._progress.note(f"held-out loss of the result: {after.loss:.4f}")
+        record = self._record_of(out, best, after)
+        files = self.adapter.files(self._base.name, SAVED_DTYPE)
+        beside = (lambda folder: write_report(record, folder)) if self._around.report else None
+        save_adapter(files, out, beside)
+        return record.result
+
+    def _batches(self) -> Iterator[Batch]:
+        done = self._course.step * self._options.accumulation
+        return shuffled_batches(self._learned, self._options.batch_size, self._pad, self._options.seed, done)
+
+    def _resume(self) -> bool:
+        found = None if self._around.checkpoints is None else self._around.checkpoints.latest(self._digest)
+        if found is None:
+            return False
+        _load(self.adapter, found.weights)
+        self._best_weights = found.best
+        self._course.restore(found.course)
+        self._kept = _Kept(**found.kept)
+        self._progress.note(f"going on after step {found.step} of {self._steps}")
+        return True
+
+    def _measure_base(self) -> None:
+        before = self._measuring.base_alone()
+        if before is not None:
+            self._kept.before, self._kept.base_answers = before.plain(), list(before.answers)
+            metrics = "".join(f", {name} {value:.3f}" for name, value in before.metrics.items())
+            self._progress.note(f"held-out loss of the base: {before.loss:.4f}{metrics}")
+
+    def _measure(self) -> bool:
+        """Measure, keep the weights if they are the best so far. Returns whether to stop early."""
+        found = self._measuring.adapter(self._course.step)
+        if found is None:
+            return False
+        name, best = self._options.best_by, self._kept.best
+        figure = found.figure(name)
+        better = best is None or figure < best["figure"] - self._options.early_stopping_threshold
+        if better:
+            self._kept.best = found.plain() | {"figure": figure}
+            self._best_weights = {k: p.detach().cpu().clone() for k, p in self.adapter.trained().items()}
+        self._kept.stale = 0 if better else self._kept.stale + 1
+        self._kept.history.append(found.plain())
+        self._progress.measured(found, better)
+        patience = self._options.early_stopping
+        return patience is not None and self._kept.stale >= patience
+
+    def _save(self) -> None:
+        if self._around.checkpoints is None:
+            return
+        best = None if self._kept.best is None else int(self._kept.best["step"])
+        weights = {name: p.detach().cpu().clone() for name, p in self.adapter.trained().items()}
+        state = Checkpoint(self._digest, self._course.state(), weights, self._best_weights, asdict(self._kept))
+        options = self._options
+        path = self._around.checkpoints.write(state, options.save_total_limit, best, options.save_only_model)
+        self._progress.saved(self._course.step, path)
+
+    def _due(self, strategy: str, every: int, at_end: bool) -> bool:
+        step = self._course.step
+        if step == self._steps:
+            return at_end and strategy != "no"
+        if strategy == "steps":
+            return step % every == 0
+        per_epoch = batches_per_epoch(len(self._learned), self._options.batch_size) / self._options.accumulation
+        return strategy == "epoch" and math.floor(step / per_epoch) > math.floor((step - 1) / per_epoch)
+
+    def _record(self, report: StepReport) -> None:
+        self._kept.tokens += report.tokens
+        self._kept.curve.append([report.step, report.loss, report.learning_rate])
+        if len(self._kept.curve) > LONGEST_CURVE:
+            self._kept.curve = self._kept.curve[:1] + self._kept.curve[1::2]
+
+    def _record_of(self, out: Path, best: dict[str, Any] | None, after: Measurement | None) -> RunRecord:
+        kept, rows = self._kept, self._rows
+        result = TrainResult(
+            out=out,
+            examples=len(rows.train),
+            held_out=len(rows.held_out),
+            too_long=len(rows.report.too_long),
+            parameters=self._parameters,
+            steps=self._course.step,
+            tokens=kept.tokens,
+            seconds=kept.seconds,
+            loss_first=kept.curve[0][1],
+            loss_last=kept.curve[-1][1],
+            held_out_before=None if kept.before is None else kept.before["loss"],
+            held_out_after=None if after is None else after.loss,
+            metrics_before={} if kept.before is None else dict(kept.before["metrics"]),
+            metrics_after={} if after is None else dict(after.metrics),
+            best_step=int(best["step"]) if best is not None and self._options.keep_best else None,
+            peak_bytes=peak_bytes(self._base.device),
+            planned_bytes=self._around.planned_bytes,
+        )
+        answers = () if after is None else after.answers
+        samples = tuple(
+            Sample.of(example, base, adapter)
+            for example, base, adapter in zip(rows.asked, kept.base_answers, answers, strict=False)
+        )
+        curve = tuple((int(step), loss, rate) for step, loss, rate in kept.curve)
+        history = tuple(kept.history)
+        return RunRecord(
+            result, self._options, rows.report, self._base.name, self._base.form, curve, history, samples,
+            self._around.source,
+        )  # fmt: skip
 
 
 def count_steps(examples: int, options: TrainOptions) -> int:
@@ -112,49 +283,29 @@ def count_steps(examples: int, options: TrainOptions) -> int:
     return max(1, min(math.ceil(planned), options.max_steps or math.ceil(planned)))
 
 
-def attach_lora(base: FrozenBase, options: TrainOptions) -> Any:
-    """PEFT's model around the base with fresh float32 LoRA weights (B zero, A random by the seed)."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    torch.manual_seed(options.seed)
-    random.seed(options.seed)
-    model = base.model
-    if base.device.type == "cuda":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    everything = options.targets == (ALL_LINEAR,)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.rank,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.dropout,
-        use_rslora=options.rslora,
-        target_modules=ALL_LINEAR if everything else list(options.targets),
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise InvalidRequest(f"targets {', '.join(options.targets)}: {error}", param="targets") from error
+def run_digest(rows: Rows, base: FrozenBase, options: TrainOptions) -> str:
+    """SHA-256 (hex) of all that decides the weights: data, options, base and device type."""
+    fields = {k: v for k, v in plain_fields(options).items() if k not in _FREE_TO_CHANGE}
+    lines = [[e.line, len(e.ids)] for e in (*rows.train, *rows.held_out)]
+    said = [rows.report.sha256, lines, base.name, base.form, base.device.type, fields]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _encode(examples: tuple[Example, ...], base: FrozenBase, options: TrainOptions, progress: Progress) -> _Rows:
-    split = split_examples(examples, options.held_out, options.seed)
-    if split.duplicates:
-        progress.note(
-            f"{split.duplicates} rows repeat the prompt of an earlier one; kept, on the same side of the split"
-        )
-    train = [encode_example(e, base.tokenizer) for e in split.train]
-    held_out = [encode_example(e, base.tokenizer) for e in split.held_out]
-    long = sorted(e.line for e in (*train, *held_out) if len(e.ids) > options.max_length)
-    if long:
-        shown = ", ".join(map(str, long[:SHOWN_LINES])) + (", ..." if len(long) > SHOWN_LINES else "")
-        progress.note(f"{len(long)} rows are longer than {options.max_length} tokens and are left out (lines {shown})")
-    train = [e for e in train if len(e.ids) <= options.max_length]
-    held_out = [e for e in held_out if len(e.ids) <= options.max_length]
-    if not train:
-        raise InvalidRequest(f"every row is longer than max_length {options.max_length}", param="max_length")
-    return _Rows(train, held_out, len(long))
-
-
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any) -> int:
+    """A token to pad with; it is never attended to by what counts, and never learned."""
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return int(found or 0)
+
+
+def _sequences(rows: Rows, base: FrozenBase, options: TrainOptions) -> list[EncodedExample]:
+    if not options.packing:
+        return list(rows.train)
+    config = base.model.config
+    check_packable(config.model_type, getattr(config, "sliding_window", None), options.max_length)
+    return pack(rows.train, options.max_length, options.seed)
+
+
+@torch.no_grad()
+def _load(adapter: TrainedAdapter, weights: dict[str, torch.Tensor]) -> None:
+    for name, parameter in adapter.trained().items():
+        parameter.copy_(weights[name])

@@ -9,6 +9,7 @@ from adaplex_server.cli.merge import merge_command
 from adaplex_server.cli.run import run
 from adaplex_server.cli.serve import serve
 from adaplex_server.cli.train import train_command
+from adaplex_server.cli.train_options import TrainCommand
 
 app = typer.Typer(
     name="adaplex",
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve)
-app.command("train")(train_command)
+app.command("train", cls=TrainCommand)(train_command)
 app.command("merge")(merge_command)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(keys.app, name="keys")

@@ -1,4 +1,4 @@
-"""`adaplex train` and `serve-train`: from a JSONL file to an adapter that a server answers with. The trainer's
+"""`adaplex train` and `serve-train`: from a file of examples to an adapter that a server answers with. The trainer's
 composition root.
 """
 
@@ -6,34 +6,46 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from adaplex_adapters.errors import InvalidRequest, StartupError
 from adaplex_adapters.names import check_name
+from adaplex_adapters.training.options import TrainOptions
 from adaplex_server.cli.adapters import DEFAULT_SERVER, add_adapter
 from adaplex_server.cli.run import run
+from adaplex_server.cli.train_options import TrainCommand, with_train_options
 from adaplex_server.settings import SERVER_VARIABLE, default_data_dir
-
-if TYPE_CHECKING:
-    from adaplex_adapters.training.trainer import TrainResult
 
 PROBE_SECONDS = 2.0
 
-DATA, MODEL, COURSE = "Data and result", "Adapter", "Training"
+PLACES, RUN = "Data and result", "Run"
 
 
+@with_train_options
 def train_command(
-    data: Annotated[Path, typer.Argument(help="JSONL: chats with 'messages', or rows with 'prompt' and 'completion'.")],
-    name: Annotated[str, typer.Option(help="What clients will call the adapter.", rich_help_panel=DATA)],
+    data: Annotated[
+        Path, typer.Argument(help="JSONL: chats with 'messages', 'prompt' and 'completion', or 'text'; or a .txt file.")
+    ],
+    name: Annotated[str, typer.Option(help="What clients will call the adapter.", rich_help_panel=PLACES)],
     base: Annotated[
         str | None,
-        typer.Option(help="The base: a folder or a hub name. [default: the embedded one]", rich_help_panel=DATA),
+        typer.Option(help="The base: a folder or a hub name. (default: the embedded one)", rich_help_panel=PLACES),
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Rows to measure with. (default: some of the data are held out)", rich_help_panel=PLACES),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The PEFT folder to write. [default: ./NAME]", rich_help_panel=DATA)
+        Path | None,
+        typer.Option(
+            help="The adapter's folder; the log and the checkpoints go to OUT.run. (default: ./NAME)",
+            rich_help_panel=PLACES,
+        ),
     ] = None,
     server: Annotated[
         str | None,
@@ -41,118 +53,148 @@ def train_command(
             help="Register with the server at this URL. [default: the one at 127.0.0.1:8000 if it answers, else "
             "the data folder, from where the next `adaplex serve` serves it]",
             envvar=SERVER_VARIABLE,
-            rich_help_panel=DATA,
+            rich_help_panel=PLACES,
         ),
     ] = None,
     adapters: Annotated[
         Path | None,
-        typer.Option(help="Write DIR/NAME instead, for a server started with --adapters DIR.", rich_help_panel=DATA),
+        typer.Option(help="Write DIR/NAME instead, for a server started with --adapters DIR.", rich_help_panel=PLACES),
     ] = None,
     register: Annotated[
-        bool, typer.Option(help="Make the result known to a server or the data folder.", rich_help_panel=DATA)
+        bool, typer.Option(help="Make the result known to a server or the data folder.", rich_help_panel=PLACES)
     ] = True,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the prompts kept for measuring (at most 200).", rich_help_panel=DATA)
-    ] = 0.05,
-    max_length: Annotated[
-        int, typer.Option(help="Tokens; longer rows are left out and listed.", rich_help_panel=DATA)
-    ] = 1024,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA.", rich_help_panel=MODEL)] = 8,
-    alpha: Annotated[
-        float | None, typer.Option(help="Scaling is alpha / rank. [default: 2 x rank]", rich_help_panel=MODEL)
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what it would take, load nothing.", rich_help_panel=RUN)
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.run.", rich_help_panel=RUN)
+    ] = False,
+    sweep: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=A,B",
+            help="Train one adapter for each of the values (of each combination, if repeated) on one loaded base, and "
+            "take the best.",
+            rich_help_panel=RUN,
+        ),
+    ] = [],  # noqa: B006 (typer copies it)
+    memory: Annotated[
+        int | None, typer.Option(help="MiB that the run may take. (default: what is free)", rich_help_panel=RUN)
     ] = None,
-    rslora: Annotated[bool, typer.Option(help="Scale by alpha / sqrt(rank).", rich_help_panel=MODEL)] = False,
-    targets: Annotated[
-        str, typer.Option(help="Modules to adapt, as q_proj,v_proj; all-linear for all.", rich_help_panel=MODEL)
-    ] = "all-linear",
-    dropout: Annotated[float, typer.Option(help="Dropout before the LoRA.", rich_help_panel=MODEL)] = 0.0,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=COURSE)] = 3.0,
-    max_steps: Annotated[int | None, typer.Option(help="Updates at most.", rich_help_panel=COURSE)] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Learning rate. [default: 2e-4 x 4096 / width of the base]", rich_help_panel=COURSE),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a forward pass.", rich_help_panel=COURSE)] = 8,
-    accumulation: Annotated[int, typer.Option(help="Forward passes an update.", rich_help_panel=COURSE)] = 1,
-    warmup: Annotated[
-        float, typer.Option(help="Share of the steps with rising rate; cosine after.", rich_help_panel=COURSE)
-    ] = 0.05,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=COURSE)] = 0.0,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0: none.", rich_help_panel=COURSE)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of split, order and first weights.", rich_help_panel=COURSE)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=COURSE)] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=RUN)] = "auto",
+    *,
+    options: TrainOptions,
 ) -> None:
-    """Train a LoRA adapter (QLoRA) on the quantized base that serves it, and register it.
+    """Train an adapter on the quantized base that serves it (QLoRA and other methods), and register it.
 
-    The loss is taken on the answers alone. The data are checked before anything is loaded.
+    The loss is taken on the answers alone. The data are checked before anything is loaded. A run that is interrupted
+    (Ctrl-C, SIGTERM, kill -9) goes on with --resume, to the same adapter.
 
     Examples:
 
       serve-train support.jsonl --name support
 
       serve-train support.jsonl --name support --rank 16 --epochs 2 --server http://127.0.0.1:8000
-    """
-    from adaplex_adapters.training.conversations import read_examples
-    from adaplex_adapters.training.options import TrainOptions
 
+      serve-train support.jsonl --name support --sweep rank=4,16 --sweep learning_rate=5e-4,2e-3
+    """
     check_name(name)
-    chosen = TrainOptions(
-        rank=rank,
-        alpha=alpha,
-        learning_rate=lr,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        max_length=max_length,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        dropout=dropout,
-        clip=clip,
-        held_out=held_out,
-        rslora=rslora,
-        targets=tuple(t.strip() for t in targets.split(",")),
-        seed=seed,
-    )
     if out is not None and adapters is not None:
         raise InvalidRequest("give --out or --adapters, not both", param="out")
-    examples = read_examples(data)
     folder = adapters / name if adapters is not None else out or Path(name)
-    result, shape = _train(examples, base, folder, chosen, device)
-    show(result)
+    request, shape = _request(data, validation, base, folder, options, device, memory)
+    if plan:
+        _show_plan(request)
+        return
+    results = _train(request, sweep, resume)
+    if not results:
+        return
+    show(results)
     if register and adapters is None:
         _register(name, folder, shape, server)
 
 
-def _train(
-    examples: tuple[Any, ...], base: str | None, out: Path, options: Any, device: str
-) -> tuple[TrainResult, Any]:
-    """The result, and the shape of the base it was trained on."""
-    from adaplex_adapters.training.frozen_base import load_frozen_base
-    from adaplex_adapters.training.progress import ShownProgress
-    from adaplex_adapters.training.trainer import train_adapter
+def _request(
+    data: Path,
+    validation: Path | None,
+    base: str | None,
+    folder: Path,
+    options: TrainOptions,
+    device: str,
+    memory: int | None,
+) -> tuple[Any, Any]:
+    """What to train, and the shape of the base it is for. Bad data is told before the base is looked for."""
+    from adaplex_adapters.training.carry_out import TrainRequest
+    from adaplex_adapters.training.conversations import read_examples
     from adaplex_server.bases.locate import locate_base
     from adaplex_server.model.config import read_config
     from adaplex_server.model.families import base_shape
 
-    with ShownProgress() as progress:
-        located = locate_base(base, lambda text, fraction: progress.note(text) if fraction in (0.0, 1.0) else None)
-        shape = base_shape(read_config(located.folder, located.name))
-        frozen = load_frozen_base(located.folder, located.name, device)
-        return train_adapter(examples, frozen, out, options, progress), shape
+    read_examples(data)
+    located = locate_base(base, lambda text, fraction: print(text) if fraction in (0.0, 1.0) else None)
+    shape = base_shape(read_config(located.folder, located.name))
+    request = TrainRequest(
+        data=data,
+        validation=validation,
+        base_folder=located.folder,
+        base_name=located.name,
+        out=folder,
+        work=folder.with_name(f"{folder.name}.run"),
+        options=options,
+        device=device,
+        memory_limit=None if memory is None else memory * 2**20,
+    )
+    return request, shape
 
 
-def show(result: TrainResult) -> None:
-    """What came out, as a table on standard output."""
+def _show_plan(request: Any) -> None:
+    from adaplex_adapters.training.carry_out import prepare
+    from adaplex_adapters.training.plan import check_plan, plan_lines
+
+    prepared = prepare(request)
+    for line in (*prepared.rows.report.notes(request.options.max_length), *plan_lines(prepared.plan)):
+        print(line)
+    check_plan(prepared.plan, request.base_folder, prepared.rows, request.options, prepared.site)
+
+
+def _train(request: Any, sweep: Sequence[str], resume: bool) -> dict[str, Any]:
+    """Results by name, one unless there is a sweep; empty when it was paused."""
+    from adaplex_adapters.training.carry_out import carry_out, carry_out_several
+    from adaplex_adapters.training.progress import ShownProgress
+    from adaplex_adapters.training.stopping import stop_on_signals
+    from adaplex_adapters.training.sweep import best_of, variants_of
+    from adaplex_adapters.training.trainer import Paused
+
+    with ShownProgress() as progress, stop_on_signals() as stop:
+        try:
+            if not sweep:
+                return {request.out.name: carry_out(request, resume, progress, stop)}
+            inside = dataclasses.replace(request, out=request.work / "variants", work=request.work / "variants.run")
+            results = dict(carry_out_several(inside, variants_of(sweep, request.options), progress, stop))
+        except Paused as paused:
+            progress.note(f"paused after step {paused.step}; the same command with --resume goes on")
+            return {}
+    best = best_of(results, request.options) or next(iter(results))
+    shutil.copytree(results[best].out, request.out, dirs_exist_ok=True)
+    print(f"best: {best}, copied to {request.out}; all are in {inside.out}")
+    return results
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """What came out, as a table on standard output: a column for each adapter."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "", show_header=False)
-    for field in dataclasses.fields(result):
-        value = getattr(result, field.name)
-        shown = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(field.name.replace("_", " "), shown)
-    Console(width=100).print(table)
+    table = Table("", *results)
+    for field in dataclasses.fields(next(iter(results.values()))):
+        table.add_row(field.name.replace("_", " "), *(_shown(getattr(r, field.name)) for r in results.values()))
+    Console(width=100 if len(results) == 1 else None).print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {figure:.3f}" for name, figure in value.items()) or "-"
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _register(name: str, folder: Path, shape: Any, server: str | None) -> None:
@@ -197,5 +239,5 @@ def register_in_folder(name: str, folder: Path, shape: Any, data_dir: Path) -> N
 def main() -> None:
     """The entry point of `serve-train`."""
     application = typer.Typer(pretty_exceptions_enable=False)
-    application.command("serve-train")(train_command)
+    application.command("serve-train", cls=TrainCommand)(train_command)
     run(application)

@@ -45,7 +45,7 @@ def test_weight_zero_is_context(tmp_path: Path) -> None:
         (b"[" * 100_000, "not JSON"),
         ([1], "a JSON object is needed"),
         ({}, "needs 'messages'"),
-        ({"text": "x"}, "'text'"),
+        ({"text": " "}, "'text'"),
         ({"messages": []}, "at least one message"),
         ({"messages": "hi"}, "at least one message"),
         ({"messages": [USER]}, "no assistant message"),

@@ -62,6 +62,6 @@ def test_everything_is_frozen(base_folder: Path) -> None:
 def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match=r"config\.json"):
         load_frozen_base(tmp_path, "x", "cpu")
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(StartupError, match="'gptq' is not supported"):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(StartupError, match="'awq' is not supported"):
         load_frozen_base(tmp_path, "x", "cpu")

@@ -6,20 +6,27 @@ import pytest
 import torch
 
 from adaplex_adapters.errors import StorageFailed
-from adaplex_adapters.training.result import round_adapter, save_adapter
+from adaplex_adapters.training.methods.adapter import AdapterFiles
+from adaplex_adapters.training.result import save_adapter
 
-
-def test_what_is_measured_is_what_is_saved() -> None:
-    """Trained weights are rounded to the saved dtype before the loss is measured; frozen ones are left alone."""
-    model = torch.nn.Linear(3, 3)
-    model.bias.requires_grad_(False)
-    weight, bias = model.weight.detach().clone(), model.bias.clone()
-    round_adapter(model, torch.bfloat16)
-    assert torch.equal(model.weight, weight.bfloat16().float()) and not torch.equal(model.weight, weight)
-    assert torch.equal(model.bias, bias)
+FILES = AdapterFiles({"x": torch.zeros(2)}, {"peft_type": "LORA"}, "adapter_model.safetensors", "adapter_config.json")
 
 
 def test_a_disk_that_refuses_is_told_as_such(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageFailed, match="Saving the trained adapter"):
-        save_adapter(None, tmp_path / "file" / "out", "base")
+        save_adapter(FILES, tmp_path / "file" / "out")
+
+
+def test_what_stands_beside_the_adapter_comes_and_goes_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    save_adapter(FILES, out, lambda folder: (folder / "README.md").write_text("first") and None)
+    save_adapter(FILES, out)
+    assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+    def fails(folder: Path) -> None:
+        raise OSError(28, "no space")
+
+    with pytest.raises(StorageFailed, match="disk is full"):
+        save_adapter(FILES, out, fails)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and len(list(out.iterdir())) == 2

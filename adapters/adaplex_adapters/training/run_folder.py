@@ -1,0 +1,67 @@
+"""The folder of one run: its log, its checkpoints, and the lock that keeps a second process away.
+
+events.jsonl    what happened (see `events`)
+checkpoints/    what it goes on from (see `checkpoints`)
+tensorboard/    where asked for
+lock            held (flock) by the process that trains, as long as it lives
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adaplex_adapters.durable import disk_errors
+from adaplex_adapters.errors import Conflict
+from adaplex_adapters.training.checkpoints import Checkpoints
+from adaplex_adapters.training.events import EVENTS, EventLog
+
+LOCK, CHECKPOINTS = "lock", "checkpoints"
+
+
+class RunFolder:
+    """A run's folder, held by this process. Made by `hold`."""
+
+    def __init__(self, path: Path, log: EventLog) -> None:
+        self.path, self.log = path, log
+        self.checkpoints = Checkpoints(path / CHECKPOINTS)
+
+
+@contextmanager
+def hold(path: Path, resume: bool, every: int = 1) -> Iterator[RunFolder]:
+    """Hold the folder, which is made if needed. Without `resume` what an earlier run left in it goes away.
+
+    Raises Conflict while another process holds it, StorageFailed when the disk refuses.
+    """
+    with disk_errors("Opening the folder of the run"):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"another process is training in {path.name}", param="out") from error
+        if not resume:
+            Checkpoints(path / CHECKPOINTS).clear()
+            (path / EVENTS).unlink(missing_ok=True)
+        yield RunFolder(path, EventLog(path, every))
+    finally:
+        os.close(lock)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process trains there now."""
+    try:
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
