@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from adaplex_server.kernels import lora_cpu
+from adaplex_server.kernels.finish import Shrunk
 from adaplex_server.kernels.lora_tiles import LoraTiles, lora_tiles
 
 
@@ -45,16 +46,24 @@ class LoraPages:
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """Which tokens of a step have which adapter, laid out for the device: tiles on CUDA, linear -> groups elsewhere."""
+    """Which tokens of a step have which adapter, laid out for the device: tiles on CUDA, linear -> groups elsewhere.
+
+    side: the stream in which a captured step multiplies with A, beside the base's product.
+    """
 
     stacks: Mapping[str, LoraStack]
     pages: LoraPages
     tiles: LoraTiles | None
     groups: Mapping[str, tuple[lora_cpu.BoundGroup, ...]]
+    side: torch.cuda.Stream | None = None
 
 
 def plan_lora(
-    stacks: Mapping[str, LoraStack], pages: LoraPages, row_tokens: Sequence[int], row_slots: Sequence[int]
+    stacks: Mapping[str, LoraStack],
+    pages: LoraPages,
+    row_tokens: Sequence[int],
+    row_slots: Sequence[int],
+    side: torch.cuda.Stream | None = None,
 ) -> LoraPlan | None:
     """For the rows of a step; None when no row has an adapter (a negative slot is none).
 
@@ -65,7 +74,7 @@ def plan_lora(
     device = pages.slot_pages.device
     if device.type == "cuda":
         tiles = lora_tiles(row_tokens, row_slots, lambda slot: len(pages.host_pages[slot]), device)
-        return LoraPlan(stacks, pages, tiles, {})
+        return LoraPlan(stacks, pages, tiles, {}, side)
     pool_pages = next(iter(stacks.values())).b.shape[1] // pages.page_rows
     groups = lora_cpu.group(row_tokens, row_slots, pages.host_pages, pages.page_rows, pool_pages)
     bound = {
@@ -89,6 +98,19 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, plan: LoraPlan, linear: str, laye
         return
     for bound in plan.groups[linear]:
         lora_cpu.add(y, x, bound, layer)
+
+
+def shrunk(x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> Shrunk:
+    """On a GPU, for a plan with the slots of all tokens: what the adapters add, as far as it does not need the base's
+    product.
+    """
+    from adaplex_server.kernels.gpu.shrink import shrink
+
+    stack, pages, tiles = plan.stacks[linear], plan.pages, plan.tiles
+    assert tiles is not None
+    where = pages.slot_pages, pages.slot_page_count
+    h = shrink(x, stack.a[layer], *where, tiles.order, tiles.tiles, tiles.tile_tokens, tiles.max_pages, pages.page_rows)
+    return Shrunk(h, stack.b[layer], stack.scaling[layer], stack.spans, *where, pages.page_rows, tiles)
 
 
 def reference(

@@ -2,17 +2,22 @@
 host, once a step.
 
 Tokens of one slot are gathered although their rows lie apart, so that a tile reads its adapter once. The base's tokens
-are in no tile.
+are in no tile of a step of many tokens; in one of at most FEW_TOKENS they have tiles too, of the slot NO_SLOT, as the
+kernels that finish a linear go by tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+FEW_TOKENS = 128
+NO_SLOT = -1
+FEW_TILE = 4
 SMALL_TILE = 16
 LARGE_TILE = 64
 _MANY_TOKENS = 2048
@@ -20,16 +25,18 @@ _MANY_TOKENS = 2048
 
 @dataclass(frozen=True)
 class LoraTiles:
-    """order: [T'] int32, the tokens that have an adapter, grouped by slot. tiles: [tiles, 3] int32, (begin in order,
-    tokens, slot).
+    """order: [T'] int32, the tokens in tiles, grouped by slot. tiles: [tiles, 3] int32, (begin in order, tokens, slot);
+    tokens 0 for an unused tile.
 
-    tile_tokens: the most tokens of one tile. max_pages: the most rank pages of any slot in tiles.
+    tile_tokens: the most tokens of one tile. max_pages: the most rank pages of any slot in tiles. slots: [T] int32, of
+    each token, negative for none; None in a step of more than FEW_TOKENS.
     """
 
     order: torch.Tensor
     tiles: torch.Tensor
     tile_tokens: int
     max_pages: int
+    slots: torch.Tensor | None = None
 
 
 def lora_tiles(
@@ -39,47 +46,56 @@ def lora_tiles(
 
     pages_of: how many rank pages a slot has.
     """
-    starts = np.concatenate(([0], np.cumsum(row_tokens, dtype=np.int64)))
-    spans: dict[int, list[tuple[int, int]]] = {}
-    for row, slot in enumerate(row_slots):
-        if slot >= 0 and row_tokens[row]:
-            spans.setdefault(slot, []).append((int(starts[row]), int(starts[row + 1])))
-    if not spans:
+    tokens = np.repeat(np.asarray(row_slots, dtype=np.int64), row_tokens)
+    adapted = {slot for slot, count in zip(row_slots, row_tokens, strict=True) if slot >= 0 and count}
+    if not adapted:
         return None
-    order = np.concatenate([np.arange(begin, end) for found in spans.values() for begin, end in found])
-    tile_tokens = SMALL_TILE if len(order) <= _MANY_TOKENS else LARGE_TILE
-    lengths = {slot: sum(end - begin for begin, end in found) for slot, found in spans.items()}
-    tiles = _cut(lengths, tile_tokens)
-    # One copy to the device for both.
-    packed = torch.from_numpy(np.concatenate((order, np.asarray(tiles).ravel())).astype(np.int32))
+    few = len(tokens) <= FEW_TOKENS
+    if few:
+        tile_tokens = FEW_TILE if tile_count(tokens, FEW_TILE) < len(tokens) else 1
+    else:
+        tile_tokens = SMALL_TILE if np.count_nonzero(tokens >= 0) <= _MANY_TOKENS else LARGE_TILE
+    order, tiles = _gather(tokens, tile_tokens, with_base=few)
+    # One copy to the device for all.
+    packed = torch.from_numpy(np.concatenate((order, tiles.ravel(), tokens if few else tokens[:0])).astype(np.int32))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
+    parts = packed.split((len(order), tiles.size, len(tokens) if few else 0))
     return LoraTiles(
-        order=packed[: len(order)],
-        tiles=packed[len(order) :].view(-1, 3),
+        order=parts[0],
+        tiles=parts[1].view(-1, 3),
         tile_tokens=tile_tokens,
-        max_pages=max(pages_of(slot) for slot in spans),
+        max_pages=max(pages_of(slot) for slot in adapted),
+        slots=parts[2] if few else None,
     )
 
 
-def decode_tiles(row_slots: Sequence[int]) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """Order and tiles (of SMALL_TILE tokens, as in `LoraTiles`) of a step whose rows have one token each."""
-    rows: dict[int, list[int]] = {}
-    for row, slot in enumerate(row_slots):
-        if slot >= 0:
-            rows.setdefault(slot, []).append(row)
-    order = [row for found in rows.values() for row in found]
-    return order, _cut({slot: len(found) for slot, found in rows.items()}, SMALL_TILE)
+def tile_count(token_slots: Sequence[int] | NDArray[np.int64], tile_tokens: int, with_base: bool = True) -> int:
+    """How many tiles these tokens need."""
+    slots, counts = np.unique(np.asarray(token_slots), return_counts=True)
+    return int((-(-counts[slots >= (NO_SLOT if with_base else 0)] // tile_tokens)).sum())
 
 
-def _cut(lengths: Mapping[int, int], tile_tokens: int) -> list[tuple[int, int, int]]:
-    """lengths: slot -> tokens, which lie one slot after another."""
-    tiles: list[tuple[int, int, int]] = []
-    at = 0
-    for slot, left in lengths.items():
-        while left:
-            taken = min(left, tile_tokens)
-            tiles.append((at, taken, slot))
-            at += taken
-            left -= taken
-    return tiles
+def decode_tiles(
+    row_slots: Sequence[int], tile_tokens: int, with_base: bool = True
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Order [rows] and tiles [tiles, 3] (as in `LoraTiles`) of a step whose rows have one token each."""
+    return _gather(np.asarray(row_slots, dtype=np.int64), tile_tokens, with_base)
+
+
+def _gather(
+    token_slots: NDArray[np.int64], tile_tokens: int, with_base: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The tokens' order by slot, and the tiles."""
+    order = np.argsort(token_slots, kind="stable")
+    if not with_base:
+        order = order[np.count_nonzero(token_slots < 0) :]
+    slots = token_slots[order]
+    starts = np.flatnonzero(np.diff(slots, prepend=NO_SLOT - 1))
+    lengths = np.diff(starts, append=len(slots))
+    counts = -(-lengths // tile_tokens)
+    # Each tile's number among those of its slot.
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = np.repeat(starts, counts) + number * tile_tokens
+    taken = np.minimum(np.repeat(lengths, counts) - number * tile_tokens, tile_tokens)
+    return order, np.stack((begin, taken, np.repeat(slots[starts], counts)), axis=1)

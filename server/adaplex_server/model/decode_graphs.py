@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from adaplex_server.kernels.feed import feed_tokens, likeliest
+from adaplex_server.kernels.lora_tiles import tile_count
 from adaplex_server.model.decode_inputs import DecodeInputs, DecodeRows, DecodeShape
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.kv_cache import KvCache
@@ -122,9 +123,12 @@ class DecodeGraphs:
         assert self._decoder.pool is not None, "a row has an adapter where none is served"
         host_pages = self._decoder.pool.host_pages
         pages = max(len(host_pages[slot]) for slot in used)
-        # At most this many tiles: each slot's last one may be partly empty.
-        tiles = min(count, len(used) + count // 16)
-        return DecodeShape(bucket, context, _fitting(_tile_counts(bucket), tiles), _fitting(self._rank_pages, pages))
+        pages = _fitting(self._rank_pages, pages)
+        for tiles in _tile_counts(bucket):
+            shape = DecodeShape(bucket, context, tiles, pages)
+            if tiles == bucket or tile_count(rows.slots, shape.tile_tokens, with_base=shape.few) <= tiles:
+                return shape
+        raise AssertionError("each row is a tile at most")
 
     def _obtain(self, shape: DecodeShape) -> _Captured | None:
         found = self._captured.get(shape)
@@ -172,7 +176,7 @@ class DecodeGraphs:
 
 def _tile_counts(rows: int) -> tuple[int, ...]:
     """For few adapters among the rows, and for as many as rows."""
-    return (rows // 4, rows) if rows >= 16 else (rows,)
+    return (rows * 3 // 8, rows) if rows >= 16 else (rows,)
 
 
 def _powers_of_4(least: int) -> Iterator[int]:

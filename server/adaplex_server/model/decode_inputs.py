@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from adaplex_server.kernels.lora_tiles import SMALL_TILE, LoraTiles, decode_tiles
+from adaplex_server.kernels.lora_tiles import FEW_TILE, FEW_TOKENS, SMALL_TILE, LoraTiles, decode_tiles
 from adaplex_server.model.batch import NO_ADAPTER, StepBatch
 
 GIVEN = -1
@@ -40,13 +40,25 @@ class DecodeRows:
 @dataclass(frozen=True)
 class DecodeShape:
     """The most that a captured step serves. rows; context: positions of a row; tiles: of tokens that share an adapter,
-    0 for the base alone; rank_pages: of an adapter.
+    0 for the base alone, as many as rows where each row is a tile; rank_pages: of an adapter.
     """
 
     rows: int
     context: int
     tiles: int
     rank_pages: int
+
+    @property
+    def few(self) -> bool:
+        """Whether the kernels for few tokens serve it, to which rows without an adapter come in tiles too."""
+        return self.rows <= FEW_TOKENS
+
+    @property
+    def tile_tokens(self) -> int:
+        """Of a tile at most."""
+        if not self.few:
+            return SMALL_TILE
+        return FEW_TILE if self.tiles < self.rows else 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,9 @@ class DecodeInputs:
         parts = _Parts.of(self._device, shape, width)
         self.batch = _batch(parts, shape)
         self.sources = parts.sources
-        self.tiles = LoraTiles(parts.order, parts.tiles, SMALL_TILE, shape.rank_pages)
+        self._shape = shape
+        slots = parts.slots if shape.few else None
+        self.tiles = LoraTiles(parts.order, parts.tiles, shape.tile_tokens, shape.rank_pages, slots)
         self.fill(DecodeRows([], [], [], []))
 
     def fill(self, rows: DecodeRows) -> None:
@@ -152,10 +166,10 @@ class DecodeInputs:
         host["slots"][:] = NO_ADAPTER
         host["slots"][: len(slots)] = slots
         if len(host["tiles"]):
-            order, tiles = decode_tiles(slots)
+            order, tiles = decode_tiles(slots, self._shape.tile_tokens, with_base=self._shape.few)
             host["order"][: len(order)] = order
             host["tiles"][:] = 0
-            host["tiles"][: len(tiles)] = np.array(tiles, dtype=np.int32).reshape(-1, 3)
+            host["tiles"][: len(tiles)] = tiles
         self._slots = list(slots)
 
 

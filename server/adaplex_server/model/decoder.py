@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 
 from adaplex_server.kernels import dense
-from adaplex_server.kernels.activation import activate
 from adaplex_server.kernels.attention import AttentionRows, attention, attention_rows
+from adaplex_server.kernels.finish import Unfinished, finish_activation, finish_add_norm, finish_rotary, finished
 from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, plan_lora
 from adaplex_server.kernels.lora_tiles import LoraTiles
-from adaplex_server.kernels.norm import add_norm
 from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
 from adaplex_server.model.adapted_linear import adapted_linear
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool
@@ -92,13 +91,15 @@ class Decoder:
         config = self.base.config
         step = self._step(batch, kv, lora)
         x = self._embed(batch)
-        delta: torch.Tensor | None = None
+        delta: torch.Tensor | Unfinished | None = None
         for layer in range(config.num_layers):
             x, delta = self._layer(layer, x, delta, kv, step)
-        if batch.logit_tokens.shape[0] != x.shape[0]:
+        if batch.logit_tokens.shape[0] != x.shape[0] and not isinstance(delta, Unfinished):
             x = x.index_select(0, batch.logit_tokens)
             delta = None if delta is None else delta.index_select(0, batch.logit_tokens)
         _, normed = self._norm(x, delta, self.base.final_norm)
+        if normed.shape[0] != batch.logit_tokens.shape[0]:
+            normed = normed.index_select(0, batch.logit_tokens)
         logits = dense.linear(normed, self.base.head, self.base.head_bias, out_dtype=torch.float32)
         cap = config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
@@ -125,8 +126,8 @@ class Decoder:
         return _Step(rotation, local, rows, lora, batch.kv_slots)
 
     def _layer(
-        self, layer: int, x: torch.Tensor, delta: torch.Tensor | None, kv: KvCache, step: _Step
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: int, x: torch.Tensor, delta: torch.Tensor | Unfinished | None, kv: KvCache, step: _Step
+    ) -> tuple[torch.Tensor, torch.Tensor | Unfinished]:
         """The residual stream and what is still to be added to it."""
         norms = self.base.layers[layer].norms
         x, normed = self._norm(x, delta, norms["attention"])
@@ -134,28 +135,43 @@ class Decoder:
         if self.base.config.parallel_residual:
             if "mlp" in norms:
                 _, normed = self._norm(x, None, norms["mlp"])
-            return x, self._mlp(layer, normed, step).add_(attended)
+            return x, finished(self._mlp(layer, normed, step)).add_(finished(attended))
         if "after_attention" in norms:
-            _, attended = self._norm(attended, None, norms["after_attention"])
+            _, attended = self._norm(finished(attended), None, norms["after_attention"])
         x, normed = self._norm(x, attended, norms["mlp"])
         result = self._mlp(layer, normed, step)
         if "after_mlp" in norms:
-            _, result = self._norm(result, None, norms["after_mlp"])
+            _, result = self._norm(finished(result), None, norms["after_mlp"])
         return x, result
 
-    def _attend(self, layer: int, x: torch.Tensor, kv: KvCache, step: _Step) -> torch.Tensor:
-        config, norms = self.base.config, self.base.layers[layer].norms
-        q, k, v = self._split(self._linear(layer, "qkv", x, step))
-        q_weight, k_weight = (norms["q"].weight, norms["k"].weight) if "q" in norms else (None, None)
-        keys, values = kv.keys[layer], kv.values[layer]
+    def _attend(self, layer: int, x: torch.Tensor, kv: KvCache, step: _Step) -> torch.Tensor | Unfinished:
+        config, keys, values = self.base.config, kv.keys[layer], kv.values[layer]
         window = config.windows[layer]
-        rotation = step.rotation if window is None else step.local_rotation
-        q = rotate_and_write(q, k, v, rotation, step.kv_slots, keys, values, q_weight, k_weight, config.norm_eps)
+        q = self._place_heads(layer, self._linear(layer, "qkv", x, step), keys, values, step)
         attended = attention(
             q, keys, values, step.attention, config.attention_scale, window,
             softcap=config.attention_softcap, slopes=self._slopes,
         )  # fmt: skip
         return self._linear(layer, "o", attended, step)
+
+    def _place_heads(
+        self,
+        layer: int,
+        qkv: torch.Tensor | Unfinished,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        step: _Step,
+    ) -> torch.Tensor:
+        """q [T, H, D] with its positions; keys and values into their pages."""
+        config, norms = self.base.config, self.base.layers[layer].norms
+        rotation = step.rotation if config.windows[layer] is None else step.local_rotation
+        weights = (norms["q"].weight, norms["k"].weight) if "q" in norms else (None, None)
+        where = rotation, step.kv_slots, keys, values, *weights, config.norm_eps
+        if isinstance(qkv, Unfinished) and self._family.qkv_layout == "blocks":
+            q = finish_rotary(qkv, config.num_heads, *where)
+            if q is not None:
+                return q
+        return rotate_and_write(*self._split(finished(qkv)), *where)
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [T, H, D], k and v [T, KV, D] of the fused outputs; views, but for q in groups."""
@@ -172,18 +188,20 @@ class Decoder:
         q, k, v = heads.split_with_sizes((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
         return q, k, v
 
-    def _mlp(self, layer: int, x: torch.Tensor, step: _Step) -> torch.Tensor:
-        inner = activate(self._linear(layer, self._up, x, step), self.base.config.activation, self._family.gated)
+    def _mlp(self, layer: int, x: torch.Tensor, step: _Step) -> torch.Tensor | Unfinished:
+        inner = finish_activation(
+            self._linear(layer, self._up, x, step), self.base.config.activation, self._family.gated
+        )
         return self._linear(layer, "down", inner, step)
 
-    def _linear(self, layer: int, linear: str, x: torch.Tensor, step: _Step) -> torch.Tensor:
+    def _linear(self, layer: int, linear: str, x: torch.Tensor, step: _Step) -> torch.Tensor | Unfinished:
         return adapted_linear(self.base.layers[layer].linears[linear], x, step.lora, linear, layer)
 
     def _norm(
-        self, x: torch.Tensor, delta: torch.Tensor | None, weights: NormWeights
+        self, x: torch.Tensor, delta: torch.Tensor | Unfinished | None, weights: NormWeights
     ) -> tuple[torch.Tensor, torch.Tensor]:
         center = self._family.norm == "layer"
-        return add_norm(x, delta, weights.weight, weights.bias, self.base.config.norm_eps, center)
+        return finish_add_norm(x, delta, weights.weight, weights.bias, self.base.config.norm_eps, center)
 
 
 class _LoraPlanner:
@@ -198,12 +216,14 @@ class _LoraPlanner:
             for name, linear in pool.linears.items()
         }
         self._pages = LoraPages(pool.slot_pages, pool.slot_page_count, RANK_PAGE, pool.host_pages)
+        device = pool.slot_pages.device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last: tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, ...]]] | None = None
         self._plan: LoraPlan | None = None
 
     def of(self, tiles: LoraTiles) -> LoraPlan:
         """A plan for tiles that were made elsewhere (on a GPU)."""
-        return LoraPlan(self._stacks, self._pages, tiles, {})
+        return LoraPlan(self._stacks, self._pages, tiles, {}, self._side)
 
     def plan(self, row_tokens: tuple[int, ...], row_slots: tuple[int, ...]) -> LoraPlan | None:
         """The plan of a step with these rows."""
@@ -218,6 +238,6 @@ class _LoraPlanner:
             and all(old is new for old, new in zip(self._last[2], pages, strict=True))
         )
         if not same:
-            self._plan = plan_lora(self._stacks, self._pages, row_tokens, row_slots)
+            self._plan = plan_lora(self._stacks, self._pages, row_tokens, row_slots, self._side)
             self._last = (row_tokens, row_slots, pages)
         return self._plan

@@ -5,9 +5,11 @@ Owns nothing: the keys and values go to pages of its own, which are given up aga
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
-from adaplex_server.kernels.lora_tiles import LARGE_TILE, SMALL_TILE, LoraTiles
+from adaplex_server.kernels.lora_tiles import FEW_TILE, FEW_TOKENS, LARGE_TILE, NO_SLOT, SMALL_TILE, LoraTiles
 from adaplex_server.model.batch_builder import RowInput, build_batch
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.kv_cache import KvCache
@@ -36,12 +38,18 @@ def warm_up(decoder: Decoder, page_size: int, max_tokens: int) -> None:
     for rows in (*steps, [RowInput([0] * prompt, 0, pages)]):
         decoder.forward(build_batch(rows, page_size, base.device), kv)
     if decoder.pool is not None and base.device.type == "cuda":
-        batch = build_batch(steps[0], page_size, base.device)
-        for tile_tokens in (SMALL_TILE, LARGE_TILE):
-            decoder.compute(batch, kv, decoder.lora_plan(_empty_tile(tile_tokens, base.device)))
+        few = build_batch(steps[0], page_size, base.device)
+        most = decoder.pool.slot_pages.shape[1]
+        for tile_tokens, rank_pages in product((1, FEW_TILE), {1, most}):
+            decoder.compute(few, kv, decoder.lora_plan(_empty_tile(tile_tokens, rank_pages, 1, base.device)))
+        if prompt > FEW_TOKENS:
+            many = build_batch([RowInput([0] * prompt, 0, pages)], page_size, base.device)
+            for tile_tokens in (SMALL_TILE, LARGE_TILE):
+                decoder.compute(many, kv, decoder.lora_plan(_empty_tile(tile_tokens, 1, None, base.device)))
 
 
-def _empty_tile(tile_tokens: int, device: torch.device) -> LoraTiles:
-    """Launches the kernels of adapters, which find nothing to do."""
+def _empty_tile(tile_tokens: int, max_pages: int, tokens: int | None, device: torch.device) -> LoraTiles:
+    """Launches the kernels of adapters, which find nothing to do. tokens: of a step of few, else None."""
     order, tiles = torch.zeros(4, dtype=torch.int32, device=device).split([1, 3])
-    return LoraTiles(order, tiles.view(1, 3), tile_tokens, max_pages=1)
+    slots = None if tokens is None else torch.full((tokens,), NO_SLOT, dtype=torch.int32, device=device)
+    return LoraTiles(order, tiles.view(1, 3), tile_tokens, max_pages, slots)

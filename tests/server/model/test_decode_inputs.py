@@ -6,7 +6,6 @@ import random
 
 import torch
 
-from adaplex_server.kernels.lora_tiles import lora_tiles
 from adaplex_server.model.batch_builder import RowInput, build_batch
 from adaplex_server.model.decode_inputs import DecodeInputs, DecodeRows, DecodeShape
 
@@ -60,13 +59,12 @@ def test_steps_that_follow_one_another_leave_nothing_behind() -> None:
             assert torch.equal(batch.page_table[row, :needed], wanted.page_table[row, :needed])
         assert (batch.kv_slots[count:] == -1).all() and (batch.context_lens[count:] == 1).all()
         assert not batch.page_table[count:, 0].any() and not batch.tokens[count:].any()
-        tiles = lora_tiles([1] * count, rows.slots, lambda slot: 4, CPU)
         live = inputs.tiles.tiles[inputs.tiles.tiles[:, 1] > 0]
-        if tiles is None:
-            assert not len(live)
-        else:
-            assert torch.equal(live, tiles.tiles)
-            assert torch.equal(inputs.tiles.order[: len(tiles.order)], tiles.order)
+        order = inputs.tiles.order[:count]
+        assert sorted(order.tolist()) == list(range(count))
+        assert [row for row in live[:, 1].tolist() if row > inputs.tiles.tile_tokens] == []
+        assert [slot for _, taken, slot in live.tolist() for _ in range(taken)] == [rows.slots[i] for i in order]
+        assert live[:, 0].tolist() == (live[:, 1].cumsum(0) - live[:, 1]).tolist()
 
 
 def test_a_page_list_that_grows_in_place_is_seen() -> None:

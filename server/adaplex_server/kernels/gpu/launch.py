@@ -1,10 +1,29 @@
-"""What all launches share: whether Triton interprets (CPU tests), and powers of two for block sizes."""
+"""What all launches share: whether Triton interprets (CPU tests), programmatic dependent launch, and block sizes."""
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def dependent_launch() -> bool:
+    """Whether a kernel may begin before its predecessor has ended (programmatic dependent launch, compute capability
+    9.0).
+
+    A kernel launched so must call `gdc_wait` in every program before it reads what another kernel wrote, writes, or
+    returns: until then only what no kernel of a step writes may be read (weights, adapters, the step's inputs).
+    """
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def dependent() -> dict[str, bool]:
+    """Launch options of a kernel that keeps to the rule of `dependent_launch`; PDL is its own constant."""
+    return {"PDL": True, "launch_pdl": True} if dependent_launch() else {"PDL": False}
 
 
 def next_power_of_2(n: int) -> int:

@@ -44,8 +44,9 @@ def add_lora(
     """y [T, N] += the delta of each token's adapter on x [T, K], in place.
 
     spans: [begin, end) of each target in N, contiguous, at most four. order: [T'] int32, tokens grouped by slot. tiles:
-    [tiles, 3] int32, (begin in order, tokens, slot); tokens 0 for an unused tile. tile_tokens: the most of one tile (16
-    or 64). max_pages: the most pages of any slot in tiles. rank_page: rank rows of a page.
+    [tiles, 3] int32, (begin in order, tokens, slot); tokens 0 for an unused tile, slot negative for one without
+    adapter. tile_tokens: the most of one tile (up to 16, or 64). max_pages: the most pages of any slot in tiles.
+    rank_page: rank rows of a page.
     """
     count, (targets, k), n = tiles.shape[0], a.shape[1:], b.shape[1]
     if count == 0 or max_pages == 0:
@@ -54,6 +55,7 @@ def add_lora(
     rows = max_pages * rank_page * targets
     # Large tiles sum the segments themselves (same order): their partial sums would be as large as x.
     inside = tile_tokens > 16
+    tile_tokens = max(tile_tokens, 16)
     h = torch.empty(1 if inside else segments, order.shape[0], rows, dtype=torch.float32, device=x.device)
     _shrink[(count, cdiv(rows, 16), 1 if inside else segments)](
         x, a, slot_pages, slot_page_count, order, tiles, h,
@@ -100,7 +102,7 @@ def _shrink(
     begin = tl.load(tiles_ptr + tile * 3)
     count = tl.load(tiles_ptr + tile * 3 + 1)
     slot = tl.load(tiles_ptr + tile * 3 + 2)
-    if count == 0:
+    if (count == 0) | (slot < 0):
         return
     PER_PAGE: tl.constexpr = RANK_PAGE * TARGETS
     rows = max_pages * PER_PAGE
@@ -162,7 +164,7 @@ def _expand(
     begin = tl.load(tiles_ptr + tile * 3)
     count = tl.load(tiles_ptr + tile * 3 + 1)
     slot = tl.load(tiles_ptr + tile * 3 + 2)
-    if count == 0:
+    if (count == 0) | (slot < 0):
         return
     rank = tl.load(page_count_ptr + slot) * RANK_PAGE
     rows = max_pages * (RANK_PAGE * TARGETS)

@@ -37,6 +37,21 @@ def add_norm(
 
 
 @triton.jit
+def normed(x, i, mask, weight_ptr, bias_ptr, eps, width, CENTER: tl.constexpr, BIAS: tl.constexpr) -> tl.tensor:
+    """The norm of a row x [1, BLOCK] float32 (zeros where not mask), in float32."""
+    if CENTER:
+        x = tl.where(mask, x - tl.sum(x, 1, keep_dims=True) / width, 0.0)
+    y = (
+        x
+        * tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + eps)
+        * tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    )
+    if BIAS:
+        y += tl.load(bias_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def _add_norm(
     x_ptr,
     delta_ptr,
@@ -51,17 +66,12 @@ def _add_norm(
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, BLOCK)[None, :]
     mask = i < width
     at = tl.program_id(0).to(tl.int64) * width + i
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
     if ADD:
         x = (x.to(tl.float32) + tl.load(delta_ptr + at, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(total_ptr + at, x, mask=mask)
-    x = x.to(tl.float32)
-    if CENTER:
-        x = tl.where(mask, x - tl.sum(x, 0) / width, 0.0)
-    y = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps) * tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
-        y += tl.load(bias_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    y = normed(x.to(tl.float32), i, mask, weight_ptr, bias_ptr, eps, width, CENTER, BIAS)
     tl.store(normed_ptr + at, y.to(normed_ptr.dtype.element_ty), mask=mask)
