@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from transformers.pytorch_utils import Conv1D
+
 LLAMA_TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 PEFT_KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -41,8 +44,23 @@ PEFT_KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
 )  # fmt: skip
 
 
-def peft_config(name: str) -> Any:
+def peft_config(name: str, changed: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The config of PEFT_KINDS, with some options changed."""
     import peft
 
     cls, options = PEFT_KINDS[name]
-    return getattr(peft, cls)(task_type="CAUSAL_LM", **options)
+    return getattr(peft, cls)(task_type="CAUSAL_LM", **{**options, **changed})
+
+
+def targets_of(name: str, model: Any) -> dict[str, Any]:
+    """Options that name modules of this model where PEFT_KINDS names a Llama's."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    linears = [path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    last = sorted({path.rpartition(".")[2] for path in linears})
+    if name in ("prompt_tuning", "prefix_tuning"):
+        return {}
+    if name == "ia3":
+        return {"target_modules": last, "feedforward_modules": last[:1]}
+    if name == "lora embedding":
+        return {"target_modules": [next(path for path, m in model.named_modules() if m is embedding), last[0]]}
+    return {"target_modules": [*last, *(["lm_head"] if name == "lora head" else [])]}

@@ -91,7 +91,7 @@ def base_shape(config: ModelConfig) -> BaseShape:
         vocab_size=config.vocab_size,
         linears=MappingProxyType(linears),
         embedding=FAMILIES[config.family].embedding,
-        head=FAMILIES[config.family].head,
+        head="lm_head",  # as transformers calls every head in memory, and so PEFT
         tied_head=config.tied_head,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
