@@ -58,7 +58,7 @@ def _penalize(logits: torch.Tensor, rows: dict[int, Row]) -> None:
     addends: list[float] = []
     for i, row in rows.items():
         s, counts = row.sampling, Counter(row.tokens[row.prompt_length :])
-        tokens = counts.keys() if s.repetition_penalty == 1 else {*row.tokens}
+        tokens = counts.keys() if s.repetition_penalty == 1 else {*row.tokens[row.virtual :]}
         touched += [(i, token) for token in tokens]
         factors += [s.repetition_penalty] * len(tokens)
         addends += [-(s.presence_penalty * (token in counts) + s.frequency_penalty * counts[token]) for token in tokens]

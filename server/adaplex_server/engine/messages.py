@@ -20,7 +20,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Generate for one row. row: unique in the engine's life. revision: adapter revision, None for the base.
 
     deadline: absolute time.monotonic() seconds (one clock for both processes of a machine), None for none.
-    priority: lower values are served first, and preempted last.
+    priority: lower values are served first, and preempted last. virtual_tokens: length of the revision's soft prompt,
+    which stands before the prompt.
     """
 
     row: int
@@ -29,6 +30,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     revision: str | None = None
     deadline: float | None = None
     priority: int = 0
+    virtual_tokens: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

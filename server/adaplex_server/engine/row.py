@@ -12,11 +12,12 @@ from adaplex_server.vocabulary import SamplingParams, TokenLogprob
 class Row:
     """A sequence from its Submit to its RowEnd.
 
-    tokens: prompt and generated ones, as far as the host knows them. max_tokens: as asked, or less where the context
-    ends earlier. pages: only ever extended in place; another list means other pages. digests: of the full pages so far,
-    for the prefix cache. slot: the adapter's, None for the base or while the row has never run. scores:
-    log-probabilities of the prompt gathered so far. kept_pages: how many of `pages` have been offered to the prefix
-    cache. A preempted row has text and slot, no pages.
+    tokens: the virtual ones of a soft prompt (-1, -2, ...: no ids of the vocabulary), then prompt and generated ones,
+    as far as the host knows them. virtual: how many of them are virtual. prompt_length: with these. max_tokens: as
+    asked, or less where the context ends earlier. pages: only ever extended in place; another list means other pages.
+    digests: of the full pages so far, for the prefix cache. slot: the adapter's, None for the base or while the row
+    has never run. scores: log-probabilities of the prompt's own tokens gathered so far. kept_pages: how many of `pages`
+    have been offered to the prefix cache. A preempted row has text and slot, no pages.
 
     A launched step has been planned and given to the device; a settled one has had its outcomes committed. computed:
     tokens whose keys and values lie in `pages` once every launched step is done. settled: those of settled steps.
@@ -33,6 +34,7 @@ class Row:
     priority: int
     arrival: int
     max_tokens: int
+    virtual: int = 0
     computed: int = 0
     settled: int = 0
     ahead: int = 0
@@ -63,17 +65,17 @@ class Row:
     @property
     def remaining(self) -> int:
         """Tokens that must be computed before the next one can be chosen; 0 when launched steps do all that is left."""
-        if 0 < self.max_tokens <= self.length - self.prompt_length:
-            return 0
-        return self.length - self.computed
+        length = len(self.tokens) + self.ahead
+        return 0 if 0 < self.max_tokens <= length - self.prompt_length else length - self.computed
 
     @property
     def scoring(self) -> bool:
         """Log-probabilities of the prompt are wanted that no launched step computes."""
         if self.sampling.prompt_logprobs is None:
             return False
-        last = self.prompt_length - 1
-        return len(self.scores) + min(self.computed, last) - min(self.settled, last) < self.prompt_length
+        first, last = self.virtual, self.prompt_length - 1
+        launched = min(max(self.computed, first), last) - min(max(self.settled, first), last)
+        return len(self.scores) + launched < self.prompt_length - first
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ class Work:
 def work_on(row: Row, count: int) -> Work:
     """The next `count` tokens of a row, and what is wanted of their logits."""
     start, end = row.computed, row.computed + count
+    if row.scoring and start < row.virtual:
+        # Nobody wants the logits of virtual tokens.
+        return Work(row, start, min(count, row.virtual - start), logits=0, scores=0, samples=False)
     samples = end == row.length and row.max_tokens > 0
     if row.scoring:
         return Work(row, start, count, logits=count, scores=min(end, row.prompt_length - 1) - start, samples=samples)

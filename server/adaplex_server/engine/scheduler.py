@@ -103,10 +103,11 @@ class Scheduler:
 
     def submit(self, message: Submit, now: float) -> None:
         """Queue a row, or end it at once when it cannot be served."""
-        sampling, length = message.sampling, len(message.prompt)
+        sampling, virtual = message.sampling, message.virtual_tokens
+        length = virtual + len(message.prompt)
         row = Row(
             id=message.row,
-            tokens=list(message.prompt),
+            tokens=[*range(-1, -virtual - 1, -1), *message.prompt],
             prompt_length=length,
             sampling=sampling,
             revision=message.revision,
@@ -114,13 +115,15 @@ class Scheduler:
             priority=message.priority,
             arrival=self.next_order()[1],
             max_tokens=min(sampling.max_tokens, self.max_context - length),
+            virtual=virtual,
             scores=[None] if sampling.prompt_logprobs is not None else [],
         )
         self._rows[row.id] = row
         context = self.max_context
-        if length == 0 or length > context or (length == context and sampling.max_tokens > 0):
-            what = f"a prompt of {length} tokens leaves no room for an answer: the context is {context} tokens"
-            self.fail(row, PromptTooLong(what if length else "the prompt is empty: send at least one token"))
+        if not message.prompt or length > context or (length == context and sampling.max_tokens > 0):
+            before = f" after the adapter's {virtual} virtual ones" if virtual else ""
+            what = f"a prompt of {length - virtual} tokens{before} leaves no room for an answer in {context} tokens"
+            self.fail(row, PromptTooLong(what if message.prompt else "the prompt is empty: send at least one token"))
         elif (strange := self._strange_token(message)) is not None:
             what = f"token id {strange} is not in the vocabulary of {self.limits.vocab_size}"
             self.fail(row, InvalidRequest(what))
@@ -179,7 +182,8 @@ class Scheduler:
 
     def place(self) -> Reservation | None:
         """An adapter to be written to its slot before the next `plan`, if one is wanted and has room."""
-        return self._placement.place(self._first_orders(), room=self._places > 0)
+        first = self._first_orders()
+        return self._placement.place(first, room=bool(first) and self._places > 0)
 
     def plan(self, now: float) -> list[Work]:
         """The work of the next step, in the order of the rows; empty when nothing can run."""
@@ -190,11 +194,13 @@ class Scheduler:
         budget -= len(work)
         if self.preemptions == preemptions:
             self._admit(budget)
-        for row in self._running:
+        for row in self._running if budget > 0 else ():
+            if row in work or self._pages.full(row):
+                continue
             count = min(row.remaining, budget, scores if row.scoring else budget)
-            if count > 0 and row not in work and not self._pages.full(row):
+            if count > 0:
                 work[row] = work_on(row, count)
-                budget -= count
+                budget -= work[row].count
                 scores -= work[row].scores
         planned = sorted(work.values(), key=lambda w: w.row.order)
         for one in planned:
@@ -301,7 +307,7 @@ class Scheduler:
         """Begin rows while there are places, pages and tokens for them. A row that finds no pages holds up the others,
         or it might wait for ever.
         """
-        places = self._places
+        places = self._places if self.waiting else 0
         while places > 0 and budget > 0:
             row = self._next_row()
             # Some pages are left for running rows to grow.
@@ -328,7 +334,7 @@ class Scheduler:
             self._preempted.remove(row)
         else:
             self._waiting.remove(row, served=True)
-            row.cached_tokens = row.computed
+            row.cached_tokens = max(0, row.computed - row.virtual)
             row.slot = None if row.revision is None else self._slots.pin(row.revision)
             self.hit_tokens += row.computed
             self.query_tokens += row.prompt_length

@@ -52,4 +52,5 @@ def _row_input(work: Work, page_size: int) -> RowInput:
         pages=row.pages[: -(-end // page_size)],
         slot=NO_ADAPTER if row.slot is None else row.slot,
         logits=work.logits,
+        virtual=row.virtual,
     )

@@ -14,6 +14,16 @@ NO_ADAPTER = -1
 
 
 @dataclass(frozen=True)
+class VirtualSpan:
+    """Tokens [begin, begin + count) of a step are those of the soft prompt in `slot`, from its `first` one on."""
+
+    slot: int
+    begin: int
+    count: int
+    first: int
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """Device tensors of one step, and the host's own copies of what shapes the launches (never read back from the
     device).
@@ -22,8 +32,8 @@ class StepBatch:
     written. row_of_token: [T] int32. token_start: [R + 1] int32. context_lens: [R] int32, keys visible to the row's
     last token, this step's included. page_table: [R, P] int32, unused entries 0 (page 0 is never given to a row and
     holds zeros). adapter_slots: [T] int32, the token's adapter slot or NO_ADAPTER. logit_tokens: [L] int64, indices
-    into T, ascending. row_tokens, row_contexts, row_slots: token_start differences, context_lens and the rows' slots on
-    the host.
+    into T, ascending. virtual: those tokens that are no ids but a soft prompt's. row_tokens, row_contexts, row_slots:
+    token_start differences, context_lens and the rows' slots on the host.
     """
 
     tokens: torch.Tensor
@@ -38,3 +48,4 @@ class StepBatch:
     row_tokens: tuple[int, ...]
     row_contexts: tuple[int, ...]
     row_slots: tuple[int, ...]
+    virtual: tuple[VirtualSpan, ...] = ()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adaplex_server.model.batch import NO_ADAPTER, StepBatch
+from adaplex_server.model.batch import NO_ADAPTER, StepBatch, VirtualSpan
+from adaplex_server.model.upload import upload
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class RowInput:
     its pages.
     pages: the row's KV pages in order, enough for start + len(tokens) positions. slot: adapter slot, or NO_ADAPTER.
     logits: of how many of its last tokens the logits are wanted (0: none, as in all but the last chunk of a prompt).
+    virtual: how many positions at the row's beginning are a soft prompt's; what `tokens` says of these is not read.
     """
 
     tokens: Sequence[int]
@@ -28,6 +30,7 @@ class RowInput:
     pages: Sequence[int]
     slot: int = NO_ADAPTER
     logits: int = 1
+    virtual: int = 0
 
 
 def build_batch(rows: Sequence[RowInput], page_size: int, device: torch.device) -> StepBatch:
@@ -40,6 +43,7 @@ def build_batch(rows: Sequence[RowInput], page_size: int, device: torch.device) 
     # int64 part: tokens, positions, kv_slots, logit_tokens.
     wide = np.empty((3, total), dtype=np.int64)
     wanted: list[np.ndarray] = []
+    virtual: list[VirtualSpan] = []
     widest = max(len(row.pages) for row in rows)
     table = np.zeros((len(rows), widest), dtype=np.int32)
     for i, row in enumerate(rows):
@@ -48,6 +52,10 @@ def build_batch(rows: Sequence[RowInput], page_size: int, device: torch.device) 
         positions = np.arange(row.start, contexts[i])
         table[i, : len(row.pages)] = row.pages
         wide[0, begin:end] = row.tokens
+        if row.start < row.virtual:
+            span = VirtualSpan(row.slot, begin, min(row.virtual, contexts[i]) - row.start, row.start)
+            virtual.append(span)
+            wide[0, begin : begin + span.count] = 0
         wide[1, begin:end] = positions
         wide[2, begin:end] = table[i, positions // page_size].astype(np.int64) * page_size + positions % page_size
         wanted.append(np.arange(end - row.logits, end))
@@ -61,8 +69,8 @@ def build_batch(rows: Sequence[RowInput], page_size: int, device: torch.device) 
             table.ravel(),
         )
     ).astype(np.int32)
-    longs = _to_device(np.concatenate((wide.ravel(), *wanted)), device)
-    ints = _to_device(narrow, device)
+    longs = upload(np.concatenate((wide.ravel(), *wanted)), torch.int64, device)
+    ints = upload(narrow, torch.int32, device)
     row_of_token, starts, context_lens, adapter_slots, pages = ints.split(
         [total, len(rows) + 1, len(rows), total, table.size]
     )
@@ -79,11 +87,5 @@ def build_batch(rows: Sequence[RowInput], page_size: int, device: torch.device) 
         row_tokens=counts,
         row_contexts=contexts,
         row_slots=slots,
+        virtual=tuple(virtual),
     )
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(array)
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
