@@ -20,7 +20,7 @@ from adaplex_adapters.spec import AdapterSpec, LoraAdapter, LoraModule
 from adaplex_loadtest.statistics import percentile, report
 from adaplex_server.engine.assembly import assemble
 from adaplex_server.engine.engine import Inbox
-from adaplex_server.engine.messages import AdapterFailed, AdapterLoaded, LoadAdapter, RowEnd, StepDone, Submit
+from adaplex_server.engine.messages import AdapterFailed, AdapterLoaded, Cancel, LoadAdapter, RowEnd, StepDone, Submit
 from adaplex_server.engine.settings import EngineSettings
 from adaplex_server.model.base import Base
 from adaplex_server.model.families import base_shape
@@ -84,6 +84,31 @@ class EngineBench:
 
     def run(self, batch: Batch) -> Timed:
         """One batch from submission to its last token."""
+        self._submit(batch)
+        return self._time(batch.rows)
+
+    def begin(self, batch: Batch) -> None:
+        """Start a batch; returns once each of its rows decodes. `finish` ends it."""
+        self._submit(batch)
+        begun: set[int] = set()
+        while len(begun) < batch.rows:
+            self.step()
+            begun |= {token.row for m in self._sent if isinstance(m, StepDone) for token in m.tokens}
+
+    def step(self) -> None:
+        """Let the engine do one step."""
+        self.engine.take_messages(wait=False)
+        self.engine.step()
+
+    def finish(self) -> None:
+        """End the rows of `begin`."""
+        for row in range(1, self._rows + 1):
+            self._inbox.put(Cancel(row))
+        scheduler = self.engine.parts.scheduler
+        self._run_until(lambda: self._inbox.empty() and scheduler.running + scheduler.waiting == 0)
+        self._sent.clear()
+
+    def _submit(self, batch: Batch) -> None:
         self._sent.clear()
         sampling = SamplingParams(max_tokens=batch.output_tokens, temperature=0, ignore_eos=True)
         for row in range(batch.rows):
@@ -92,7 +117,6 @@ class EngineBench:
             prompt = [(self._rows * 7919 + i * 31) % self._vocab for i in range(batch.prompt_tokens)]
             self._rows += 1
             self._inbox.put(Submit(self._rows, prompt, sampling, revision))
-        return self._time(batch.rows)
 
     def _time(self, rows: int) -> Timed:
         steps: list[float] = []

@@ -6,7 +6,7 @@ import asyncio
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,10 @@ Prompt = Annotated[int, typer.Option(help="Tokens of each prompt.")]
 Output = Annotated[int, typer.Option(help="Tokens of each answer.")]
 Rank = Annotated[int, typer.Option(help="Rank of the random LoRA adapters, on every linear.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.")]
+Shape = Annotated[Literal["tiny", "135m", "1.7b", "8b"], typer.Option(help="Of the base, whose weights are random.")]
+Form = Annotated[Literal["nf4", "gptq", "none"], typer.Option(help="How the weights are kept.")]
+Kind = Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the activations.")]
+Where = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the base lives.")]
 
 
 @app.command()
@@ -77,6 +81,76 @@ def engine(
 
 
 @app.command()
+def kernels(
+    shape: Shape = "8b",
+    format: Form = "nf4",
+    rows: Annotated[str, typer.Option(help="Rows of the batches, with commas.")] = "1,8,16,32,64,128",
+    adapters: Annotated[str, typer.Option(help="Different adapters in a batch, with commas.")] = "1,8,64",
+    rank: Rank = 16,
+    contexts: Annotated[str, typer.Option(help="Tokens that attention sees, with commas.")] = "577,4096",
+    dtype: Kind = "bfloat16",
+    device: Where = "auto",
+) -> None:
+    """Each kernel of a decode step, beside the time that its bytes take."""
+    from adaplex_loadtest import kernel_bench
+
+    load = kernel_bench.KernelLoad(_numbers(rows), _numbers(adapters), rank, _numbers(contexts))
+    kernel_bench.bench(_random_base(shape, format, dtype, device), load)
+
+
+@app.command()
+def profile(
+    shape: Shape = "8b",
+    format: Form = "nf4",
+    batches: Rows = "64:64",
+    prompt: Prompt = 512,
+    rank: Rank = 16,
+    steps: Annotated[int, typer.Option(help="Steps to look at.")] = 32,
+    kernels: Annotated[int, typer.Option(help="Kernels to list, the costliest first.")] = 30,
+    dtype: Kind = "bfloat16",
+    device: Where = "auto",
+    threads: Threads = None,
+) -> None:
+    """Where the microseconds of a decode step go: kernels by name, gaps, and the host."""
+    from adaplex_loadtest import engine_bench, profile_bench
+
+    measured = [engine_bench.Batch(r, k, prompt, 4 * steps + 16) for r, k in _batches(batches)]
+    with tempfile.TemporaryDirectory() as store:
+        settings = engine_bench.settings_for(measured, rank, Path(store), threads=threads, page_size=16)
+        profile_bench.bench(_random_base(shape, format, dtype, device), settings, measured, rank, steps, kernels)
+
+
+@app.command()
+def swap(
+    shape: Shape = "8b",
+    format: Form = "nf4",
+    rank: Rank = 16,
+    rows: Annotated[int, typer.Option(help="Rows that run while adapters come and go.")] = 32,
+    adapters: Annotated[int, typer.Option(help="Adapters of those rows.")] = 8,
+    swaps: Annotated[float, typer.Option(help="Adapters that come, a second.")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="How long each kind of coming is measured.")] = 4.0,
+    contents: Annotated[int, typer.Option(help="Adapters on disk.")] = 24,
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    output: Output = 64,
+    registered: Annotated[int, typer.Option(help="Adapters of the Zipf traffic.")] = 1000,
+    slots: Annotated[int, typer.Option(help="Adapters on the device, and rows, of the Zipf traffic.")] = 64,
+    requests: Annotated[int, typer.Option(help="Requests of the Zipf traffic.")] = 512,
+    folder: Annotated[Path | None, typer.Option(help="For the adapters; a temporary one unless given.")] = None,
+    dtype: Kind = "bfloat16",
+    device: Where = "auto",
+    threads: Threads = None,
+) -> None:
+    """Adapters that come and go: cold ones, swaps beside running rows, and Zipf traffic over more than fit."""
+    from adaplex_loadtest import swap_bench
+
+    load = swap_bench.SwapLoad(
+        rank, rows, adapters, swaps, seconds, contents, prompt, output, registered, slots, requests
+    )
+    with tempfile.TemporaryDirectory(dir=folder) as store:
+        swap_bench.bench(_random_base(shape, format, dtype, device), load, Path(store), threads)
+
+
+@app.command()
 def serve(
     url: Annotated[str, typer.Option(help="The running server.")] = "http://127.0.0.1:8000",
     models: Annotated[str | None, typer.Option(help="Models, with commas; all of the server unless given.")] = None,
@@ -125,6 +199,27 @@ def checkpoint(
 
     source = tokenizer or ensure_embedded()
     random_checkpoint.write_random_checkpoint(out, shape, format, source)
+
+
+def _random_base(shape: str, format: str, dtype: str, device: str) -> Any:
+    import torch
+
+    from adaplex_loadtest.shapes import shape_config
+    from adaplex_server.engine.assembly import choose_device
+    from adaplex_server.model.random_base import random_base
+
+    form: Any = format
+    return random_base(shape_config(shape), form, dtype=getattr(torch, dtype), device=choose_device(device))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+        if min(found) < 1:
+            raise ValueError
+    except ValueError:
+        raise InvalidRequest(f"{json.dumps(text)} is not a list of numbers such as 1,8,64") from None
+    return found
 
 
 def _batches(text: str) -> list[tuple[int, int]]:

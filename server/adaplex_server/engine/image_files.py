@@ -27,7 +27,6 @@ from adaplex_server.model.adapter_image import AdapterImage, ImageLayout
 log = logging.getLogger("adaplex.engine")
 _MAGIC = b"ADPXIMG1"
 _ALIGN = 4096
-_PIECE = 8 << 20
 _THREADS = 4
 
 
@@ -141,15 +140,12 @@ def _read_header(descriptor: int, revision: str) -> tuple[_Header, int]:
 
 
 def _read_page(descriptor: int, page: torch.Tensor, at: int, wanted: bytes) -> None:
-    """Read in pieces that are still in the processor's cache when they are summed; neither holds Python's lock."""
-    into, found = _bytes_of(page), xxhash.xxh3_128()
-    begin = 0
-    while begin < len(into):
-        piece = into[begin : begin + _PIECE]
-        got = os.preadv(descriptor, [piece], at + begin)
+    """In few calls, as each takes Python's lock at its end, for which the engine's thread then waits."""
+    into, done = _bytes_of(page), 0
+    while done < len(into):
+        got = os.preadv(descriptor, [into[done:]], at + done)
         if got == 0:
             raise ValueError("it is truncated")
-        found.update(piece[:got])
-        begin += got
-    if found.digest() != wanted:
+        done += got
+    if xxhash.xxh3_128_digest(into) != wanted:
         raise ValueError("its content is damaged")

@@ -59,20 +59,20 @@ class Placement:
         return [r for r in self.wanted(waiting) if self._pages_of(r) is None]
 
     def place(self, waiting: Mapping[str, Order], room: bool) -> Reservation | None:
-        """The one reservation of this step, if any; without `room` for a row only claims are placed."""
+        """The one reservation of this step, if any. Without `room` for a row, rows that wait still find their adapters
+        on the device later, but none stands back for them.
+        """
         wanted = [(r, pages) for r in self.wanted(waiting) if (pages := self._pages_of(r)) is not None]
         self._blocked = {r: self._blocked.get(r, 0) for r, _ in wanted}
         starving = next(((r, p) for r, p in wanted if self._blocked[r] >= self._patience), None)
         self._yielding = frozenset(self._slots.blockers(starving[1]) or ()) if starving else frozenset()
         for revision, pages in [starving] if starving else wanted:
-            if not room and revision not in self._claims:
-                continue
             reservation = self._slots.reserve(revision, pages, keep=() if starving else self._kept(waiting))
             if reservation is not None:
                 del self._blocked[revision]
                 self._yielding = frozenset()
                 return reservation
-            self._blocked[revision] += 1
+            self._blocked[revision] += room or revision in self._claims
         return None
 
     def _kept(self, waiting: Collection[str]) -> set[str]:
