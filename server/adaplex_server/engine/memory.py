@@ -17,6 +17,8 @@ from adaplex_server.model.adapter_pool import RANK_PAGE
 
 _LEAST_CONTEXT = 256
 _GIB = 1 << 30
+RUNTIME_BYTES = _GIB // 2
+"""What CUDA, its libraries and captured steps take beside everything that is planned."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class MemoryPlan:
 
 def plan_memory(settings: EngineSettings, model: ModelBytes, free: int, on_gpu: bool, probe_tokens: int) -> MemoryPlan:
     """`free`: bytes left after the base was loaded."""
-    usable = max(0, free - (model.step + _GIB // 2 if on_gpu else model.step))
+    usable = max(0, free - (model.step + RUNTIME_BYTES if on_gpu else model.step))
     wanted_context = min(settings.max_context or model.max_context, model.max_context)
     row_pages = -(-wanted_context // settings.page_size)
     probe_pages = -(-probe_tokens // settings.page_size)
