@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,67 +11,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from adaplex_adapters.reader import read_adapter
-from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, allocate_pool, write_adapter
+from adaplex_server.model.adapter_pool import RANK_PAGE, write_adapter
 from adaplex_server.model.base import Base
 from adaplex_server.model.batch import NO_ADAPTER
 from adaplex_server.model.batch_builder import RowInput
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.families import base_shape
-from adaplex_server.model.kv_cache import KvCache
-from support.tiny_models import CONFIGS, CPU, PAGE_SIZE, allocate_kv, load_tiny, save_tiny, step
+from support.sequences import cache_for, pool_of, run, sequences
+from support.tiny_models import CONFIGS, load_tiny, save_tiny, step
 
 LORAS = {
-    "gpt2": [(8, ["c_attn", "c_fc"]), (3, ["c_proj"])],
-    "opt": [(8, ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]), (1, ["k_proj"])],
-    "bloom": [(4, ["query_key_value", "dense"]), (16, ["dense_h_to_4h", "dense_4h_to_h"])],
-    "phi3": [(8, ["qkv_proj", "gate_up_proj"]), (9, ["o_proj", "down_proj"])],
-    "gemma3": [(8, "all-linear"), (2, ["q_proj", "up_proj"])],
-    "falcon-groups": [(8, ["query_key_value", "dense_h_to_4h"]), (2, ["dense", "dense_4h_to_h"])],
     "llama3": [(8, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]), (1, ["v_proj"])],
     "gpt_neox": [(3, ["query_key_value", "dense_4h_to_h"]), (20, ["dense", "dense_h_to_4h"])],
 }
-
-
-@dataclass
-class Sequence:
-    """A row on its way through steps of random sizes."""
-
-    tokens: list[int]
-    pages: list[int]
-    slot: int = NO_ADAPTER
-    done: int = 0
-    logits: list[torch.Tensor] = field(default_factory=list)
-
-    def take(self, count: int) -> RowInput:
-        part = self.tokens[self.done : self.done + count]
-        return RowInput(part, self.done, self.pages, self.slot, len(part))
-
-
-def sequences(lengths: list[int], slots: list[int], seed: int) -> list[Sequence]:
-    """Rows with shuffled pages of a cache that has just enough."""
-    rng = random.Random(seed)
-    counts = [-(-length // PAGE_SIZE) for length in lengths]
-    pages = rng.sample(range(1, sum(counts) + 1), sum(counts))
-    return [
-        Sequence([rng.randrange(97) for _ in range(length)], [pages.pop() for _ in range(count)], slot)
-        for length, count, slot in zip(lengths, counts, slots, strict=True)
-    ]
-
-
-def run(decoder: Decoder, kv: KvCache, rows: list[Sequence], seed: int) -> None:
-    """Steps until all is done: rows begin and pause at random, some with a chunk, some with a single token."""
-    rng = random.Random(seed)
-    while any(row.done < len(row.tokens) for row in rows):
-        live = [row for row in rows if row.done < len(row.tokens)]
-        chosen = rng.sample(live, rng.randint(1, len(live)))
-        parts = [row.take(rng.choice([1, 1, 2, 7, 40])) for row in chosen]
-        for row, part, logits in zip(chosen, parts, step(decoder, kv, parts), strict=True):
-            row.done += len(part.tokens)
-            row.logits.append(logits)
-
-
-def cache_for(base: Base, rows: list[Sequence]) -> KvCache:
-    return allocate_kv(base, 1 + sum(len(row.pages) for row in rows))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -128,15 +80,6 @@ def save_loras(kind: str, folder: Path) -> tuple[Base, PeftModel]:
     assert peft is not None
     peft.save_pretrained(str(folder))
     return base, peft.eval()
-
-
-def pool_of(base: Base, folders: list[Path], pages: list[tuple[int, ...]]) -> AdapterPool:
-    total = 1 + max(page for own in pages for page in own)
-    pool = allocate_pool(base.config, total, len(folders), 4, torch.float32, CPU)
-    for slot, (folder, own) in enumerate(zip(folders, pages, strict=True)):
-        adapter = read_adapter(folder, base_shape(base.config))
-        assert write_adapter(pool, base.config, slot, own, adapter) == 2 * len(adapter.modules)
-    return pool
 
 
 @pytest.mark.parametrize("kind", LORAS)
