@@ -119,6 +119,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _read(folder: Path) -> Checkpoint:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -126,7 +127,7 @@ def _read(folder: Path) -> Checkpoint:
         plain = json.loads((folder / PLAIN).read_text(encoding="utf-8"))
         if plain["version"] != VERSION:
             raise ValueError(f"it has version {plain['version']}, this program writes {VERSION}")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise StorageFailed(
             f"the checkpoint {folder.name} cannot be read: {error}; remove it to go on before it"
         ) from error

@@ -50,8 +50,8 @@ def train_command(
     server: Annotated[
         str | None,
         typer.Option(
-            help="Register with the server at this URL. [default: the one at 127.0.0.1:8000 if it answers, else "
-            "the data folder, from where the next `adaplex serve` serves it]",
+            help="Register with the server at this URL. (default: the one at 127.0.0.1:8000 if it answers, else "
+            "the data folder, from where the next `adaplex serve` serves it)",
             envvar=SERVER_VARIABLE,
             rich_help_panel=PLACES,
         ),

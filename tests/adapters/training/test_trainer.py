@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,34 +15,9 @@ from adaplex_adapters.training.frozen_base import load_frozen_base
 from adaplex_adapters.training.options import TrainOptions
 from adaplex_adapters.training.report.record import TrainResult
 from adaplex_adapters.training.trainer import train_adapter
+from support.quiet_progress import Quiet
 
 WORDS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
-
-
-class Notes:
-    """A Progress that remembers."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.losses: list[float] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def begin(self, steps: int, done: int) -> None:
-        pass
-
-    def step(self, report: Any) -> None:
-        self.losses.append(report.loss)
-
-    def measured(self, found: Any, best: bool) -> None:
-        pass
-
-    def saved(self, step: int, path: Path) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
 
 
 def row(line: int, question: str, answer: str) -> Chat:
@@ -57,7 +31,7 @@ OPTIONS = TrainOptions(rank=8, batch_size=7, epochs=12, learning_rate=1e-2, held
 
 
 def train(folder: Path, out: Path, options: TrainOptions = OPTIONS, rows: tuple[Chat, ...] = ROWS) -> TrainResult:
-    return train_adapter(rows, load_frozen_base(folder, "tiny", "cpu"), out, options, Notes())
+    return train_adapter(rows, load_frozen_base(folder, "tiny", "cpu"), out, options, Quiet())
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +99,7 @@ def test_targets_rslora_and_alpha_reach_the_adapter(base_folder: Path, tmp_path:
 
 
 def test_rows_that_are_too_long_are_left_out_and_told(base_folder: Path, tmp_path: Path) -> None:
-    notes = Notes()
+    notes = Quiet()
     rows = (*ROWS[:3], row(77, "x" * 500, "y"))
     options = TrainOptions(max_length=200, max_steps=1)
     result = train_adapter(rows, load_frozen_base(base_folder, "tiny", "cpu"), tmp_path / "a", options, notes)
