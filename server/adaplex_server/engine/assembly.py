@@ -23,7 +23,7 @@ from adaplex_server.engine.image_files import ImageFiles
 from adaplex_server.engine.memory import MemoryPlan, ModelBytes, free_bytes, plan_memory
 from adaplex_server.engine.messages import EngineInfo, Progress
 from adaplex_server.engine.parts import Parts, Send, connect
-from adaplex_server.engine.probe import PROBE_TOKENS, AdapterMemory, LoraDevice
+from adaplex_server.engine.probe import PROBE_TOKENS, VIRTUAL_PROBE_TOKENS, AdapterMemory, LoraDevice
 from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.settings import EngineSettings, with_step_tokens
 from adaplex_server.engine.step_batch import build_step
@@ -73,7 +73,7 @@ def assemble(
     device = base.device
     settings = with_step_tokens(settings, device.type == "cuda")
     sizes = model_bytes(settings, base.config, base.dtype, device)
-    plan = plan_memory(settings, sizes, free_bytes(device), device.type == "cuda", PROBE_TOKENS)
+    plan = plan_memory(settings, sizes, free_bytes(device), device.type == "cuda", PROBE_TOKENS + VIRTUAL_PROBE_TOKENS)
     layout = ImageLayout.of(base.config, pool_dtype(base.dtype, device))
     source = AdapterSource(read, layout, _host_arena(settings, layout, device), images)
     parts = _build_parts(settings, base, plan, source, inbox, send)

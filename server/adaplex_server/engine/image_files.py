@@ -82,7 +82,9 @@ class ImageFiles:
         return AdapterImage(revision, header.rank, header.given, header.used, pages, scaling)
 
     def write(self, image: AdapterImage) -> None:
-        """Keep the image, unless there is one."""
+        """Keep the image, unless there is one, or it is more than pages (then it is small, or rarely read)."""
+        if image.soft is not None:
+            return
         path = self._folder / image.revision
         made = path.with_suffix(".new")
         try:

@@ -14,11 +14,13 @@ from adaplex_adapters.errors import InvalidAdapter, StartupError, Unavailable
 from adaplex_server.engine.executor import Executor
 from adaplex_server.engine.row import Row, Work
 from adaplex_server.model.adapter_image import AdapterImage, ImageLayout
-from adaplex_server.model.adapter_pool import AdapterPool, clear_slot
+from adaplex_server.model.adapter_pool import AdapterPool, clear_slot, place_soft_prompt
 from adaplex_server.model.adapter_writer import AdapterWriter
 from adaplex_server.vocabulary import SamplingParams
 
 PROBE_TOKENS = 8
+VIRTUAL_PROBE_TOKENS = 8
+"""Of a soft prompt, so many tokens take part in its proof at most."""
 
 
 def probe_tokens(vocab_size: int) -> list[int]:
@@ -40,6 +42,11 @@ class AdapterMemory:
         assert self._writer is not None, "a slot was given out where there is none"
         return self._writer
 
+    def place_soft_prompt(self, slot: int, image: AdapterImage) -> None:
+        """Bring the image's soft prompt to its slot, if it has one."""
+        assert self._pool is not None, "a slot was given out where there is none"
+        place_soft_prompt(self._pool, slot, image)
+
     def clear(self, slot: int) -> None:
         """Nobody's weights are in the slot any more."""
         assert self._pool is not None, "a slot was given out where there is none"
@@ -49,7 +56,7 @@ class AdapterMemory:
 class LoraDevice:
     """Writes adapters to the device and proves them there (see `residency.AdapterDevice`).
 
-    pages: KV pages for PROBE_TOKENS tokens.
+    pages: KV pages for PROBE_TOKENS and VIRTUAL_PROBE_TOKENS tokens.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class LoraDevice:
         self._tokens = probe_tokens(vocab_size)
         self._pages = pages
         self._memory = memory
+        self._virtual: dict[int, int] = {}
         self._base = self._logits(None)
         if not torch.isfinite(self._base).all():
             raise StartupError(
@@ -75,6 +83,8 @@ class LoraDevice:
             raise InvalidAdapter(f"only {image.used} of the adapter's {image.given} tensors have a place in this base")
         with _out_of_memory_refuses():
             self._memory.writer.start(slot, pages, image)
+            self._memory.place_soft_prompt(slot, image)
+        self._virtual[slot] = 0 if image.soft is None else min(len(image.soft), VIRTUAL_PROBE_TOKENS)
 
     def landed(self, slot: int) -> bool:
         """Whether all of it is there."""
@@ -107,21 +117,24 @@ class LoraDevice:
         return self._memory.page_bytes
 
     def _logits(self, slot: int | None) -> torch.Tensor:
+        """Of the probe's own tokens; before them stand as many virtual ones as there is room for."""
+        virtual = 0 if slot is None else self._virtual[slot]
         row = Row(
             id=-1,
-            tokens=self._tokens,
-            prompt_length=len(self._tokens),
+            tokens=[*range(-1, -virtual - 1, -1), *self._tokens],
+            prompt_length=virtual + len(self._tokens),
             sampling=SamplingParams(max_tokens=1),
             revision=None,
             deadline=None,
             priority=0,
             arrival=0,
             max_tokens=1,
+            virtual=virtual,
             pages=self._pages,
             slot=slot,
         )
         count = len(self._tokens)
-        return self._executor.logits([Work(row, 0, count, logits=count, scores=0, samples=False)])
+        return self._executor.logits([Work(row, 0, virtual + count, logits=count, scores=0, samples=False)])
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from adaplex_adapters.spec import LoraAdapter, LoraModule
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import LinearTargets, linear_targets, module_paths
 from adaplex_server.model.served_kinds import refuse_unserved
+from adaplex_server.model.soft_prompt import SoftPrompt, soft_prompt_of
 
 RANK_PAGE = 8
 _VERSION = 1
@@ -94,7 +95,8 @@ class ImageLayout:
 @dataclass(frozen=True, eq=False)
 class AdapterImage:
     """rank: the largest of any module. pages: [page_values] each, in rank order. scaling: [layers, targets of all
-    linears] float32. given: tensors of the adapter; used: those that have a place in this base.
+    linears] float32. given: tensors of the adapter; used: those that have a place in this base. soft: its soft prompt,
+    in host memory.
     """
 
     revision: str
@@ -103,11 +105,13 @@ class AdapterImage:
     used: int
     pages: tuple[torch.Tensor, ...]
     scaling: torch.Tensor
+    soft: SoftPrompt | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory."""
-        return sum(page.nbytes for page in self.pages) + self.scaling.nbytes
+        soft = 0 if self.soft is None else self.soft.nbytes
+        return sum(page.nbytes for page in self.pages) + self.scaling.nbytes + soft
 
 
 def pages_of_rank(rank: int) -> int:
@@ -142,7 +146,11 @@ def lay_out(adapter: LoraAdapter, layout: ImageLayout, take: TakePages) -> Adapt
         column += len(part.targets.names)
     if not all(bool(torch.isfinite(page).all()) for page in pages):
         raise _too_large(adapter, layout.dtype)
-    return AdapterImage(adapter.spec.revision, rank, 2 * len(adapter.modules), used, pages, scaling)
+    soft = soft_prompt_of(adapter, layout.dtype)
+    if soft is not None:
+        used += 1
+    given = sum(1 for _ in adapter.tensors())
+    return AdapterImage(adapter.spec.revision, rank, given, used, pages, scaling, soft)
 
 
 def _place(a: torch.Tensor, b: torch.Tensor, module: LoraModule, first: int) -> None:

@@ -12,16 +12,18 @@ out-features of the whole fused linear, S slots, Q pages a slot at most.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter
 from adaplex_adapters.spec import LoraAdapter
-from adaplex_server.model.adapter_image import RANK_PAGE, ImageLayout, lay_out
+from adaplex_server.model.adapter_image import RANK_PAGE, AdapterImage, ImageLayout, lay_out
+from adaplex_server.model.batch import NO_ADAPTER
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import LinearTargets, linear_targets
+from adaplex_server.model.soft_prompt import SoftPrompt
 
 __all__ = ["RANK_PAGE", "AdapterPool", "LinearPool", "allocate_pool", "bytes_per_page", "clear_slot", "write_adapter"]
 
@@ -46,13 +48,15 @@ class AdapterPool:
 
     slot_pages: [S, Q] int32, the pages of a slot in rank order, unused entries 0. slot_page_count: [S] int32. Page 0
     belongs to nobody and stays zero.
-    host_pages: the host's own copy, slot -> pages, replaced (never edited) when a slot changes.
+    host_pages: the host's own copy, slot -> pages, replaced (never edited) when a slot changes. soft: slot -> its
+    adapter's soft prompt, on the device.
     """
 
     linears: Mapping[str, LinearPool]
     slot_pages: torch.Tensor
     slot_page_count: torch.Tensor
     host_pages: dict[int, tuple[int, ...]]
+    soft: dict[int, SoftPrompt] = field(default_factory=dict)
 
 
 def bytes_per_page(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -110,7 +114,21 @@ def write_adapter(
     for page in pages[len(image.pages) :]:
         write_page(pool, layout, page, torch.zeros(layout.page_values, dtype=layout.dtype, device=device))
     write_slot(pool, slot, pages, torch.tensor(pages, dtype=torch.int32).to(device), image.scaling.to(device))
+    place_soft_prompt(pool, slot, image)
     return image.used
+
+
+@torch.inference_mode()
+def place_soft_prompt(pool: AdapterPool, slot: int, image: AdapterImage) -> None:
+    """Bring the image's soft prompt, if it has one, to the device; in the current stream's order."""
+    pool.soft.pop(slot, None)
+    if image.soft is not None:
+        pool.soft[slot] = image.soft.on(pool.slot_pages.device)
+
+
+def with_rank(slots: Iterable[int], host_pages: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+    """The slots, NO_ADAPTER in the place of those that hold no rank rows (of a soft prompt, for instance)."""
+    return tuple(slot if slot >= 0 and host_pages[slot] else NO_ADAPTER for slot in slots)
 
 
 def check_pages(pool: AdapterPool, pages: tuple[int, ...], rank: int) -> None:
@@ -121,11 +139,16 @@ def check_pages(pool: AdapterPool, pages: tuple[int, ...], rank: int) -> None:
 
 def write_page(pool: AdapterPool, layout: ImageLayout, page: int, values: torch.Tensor) -> None:
     """A page of an image, on the pool's device, into page `page` of the pool; in the current stream's order."""
+    for name, places in page_rows(pool, page):
+        for rows, part in zip(places, layout.of_linear(values, name), strict=True):
+            rows.copy_(part)
+
+
+def page_rows(pool: AdapterPool, page: int) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Each linear's a [layers, RANK_PAGE, G, K] and b [layers, RANK_PAGE, N] of a page, as they lie in the pool."""
     rows = slice(page * RANK_PAGE, (page + 1) * RANK_PAGE)
     for name, linear in pool.linears.items():
-        a, b = layout.of_linear(values, name)
-        linear.a[:, rows].copy_(a)
-        linear.b[:, rows].copy_(b)
+        yield name, (linear.a[:, rows], linear.b[:, rows])
 
 
 def write_slot(
@@ -148,6 +171,7 @@ def write_slot(
 def clear_slot(pool: AdapterPool, slot: int) -> None:
     """No pages and no scaling in the slot. The pages' content stays until they are written again; nothing reads it."""
     pool.host_pages.pop(slot, None)
+    pool.soft.pop(slot, None)
     pool.slot_page_count[slot] = 0
     pool.slot_pages[slot] = 0
     for linear in pool.linears.values():

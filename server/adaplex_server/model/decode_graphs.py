@@ -14,12 +14,13 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from adaplex_server.kernels.feed import feed_tokens, likeliest
 from adaplex_server.kernels.lora_tiles import tile_count
+from adaplex_server.model.adapter_pool import with_rank
 from adaplex_server.model.decode_inputs import DecodeInputs, DecodeRows, DecodeShape
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.kv_cache import KvCache
@@ -81,6 +82,8 @@ class DecodeGraphs:
     @torch.inference_mode()
     def run(self, rows: DecodeRows) -> Decoded | None:
         """One step; None if these rows fit no shape, or the device has no memory to capture theirs."""
+        if self._decoder.pool is not None:
+            rows = replace(rows, slots=list(with_rank(rows.slots, self._decoder.pool.host_pages)))
         shape = self._shape_of(rows)
         captured = None if shape is None else self._obtain(shape)
         if captured is None:

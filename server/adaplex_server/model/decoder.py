@@ -27,13 +27,14 @@ from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, plan_lor
 from adaplex_server.kernels.lora_tiles import LoraTiles
 from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
 from adaplex_server.model.adapted_linear import adapted_linear
-from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool
+from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, with_rank
 from adaplex_server.model.alibi import alibi_slopes
 from adaplex_server.model.base import Base, NormWeights
-from adaplex_server.model.batch import StepBatch
+from adaplex_server.model.batch import StepBatch, VirtualSpan
 from adaplex_server.model.families import FAMILIES
 from adaplex_server.model.kv_cache import KvCache
 from adaplex_server.model.rotary import rotary_tables
+from adaplex_server.model.soft_prompt import SoftPrompt
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class _Step:
     attention: AttentionRows
     lora: LoraPlan | None
     kv_slots: torch.Tensor
+    soft: tuple[tuple[VirtualSpan, SoftPrompt], ...]
 
 
 class Decoder:
@@ -110,9 +112,18 @@ class Decoder:
         x = F.embedding(batch.tokens, base.embedding)
         if self._family.scaled_embedding:
             x = x.mul_(self._embedding_scale)
+        for span, soft in self._soft_prompts(batch):
+            soft.embed(x, span)
         if base.positions is not None:
             x = x.add_(F.embedding(batch.positions + self._family.position_offset, base.positions))
         return x if base.embedding_norm is None else self._norm(x, None, base.embedding_norm)[1]
+
+    def _soft_prompts(self, batch: StepBatch) -> tuple[tuple[VirtualSpan, SoftPrompt], ...]:
+        """The batch's virtual tokens, and where to take them from."""
+        if not batch.virtual:
+            return ()
+        assert self.pool is not None, "a row has an adapter where none is served"
+        return tuple((span, self.pool.soft[span.slot]) for span in batch.virtual)
 
     def _step(self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None) -> _Step:
         config = self.base.config
@@ -123,7 +134,7 @@ class Decoder:
         rotation = local = step_rotation(batch.positions, *self._tables, self.base.dtype)
         if self._local_tables is not None:
             local = step_rotation(batch.positions, *self._local_tables, self.base.dtype)
-        return _Step(rotation, local, rows, lora, batch.kv_slots)
+        return _Step(rotation, local, rows, lora, batch.kv_slots, self._soft_prompts(batch))
 
     def _layer(
         self, layer: int, x: torch.Tensor, delta: torch.Tensor | Unfinished | None, kv: KvCache, step: _Step
@@ -148,6 +159,8 @@ class Decoder:
         config, keys, values = self.base.config, kv.keys[layer], kv.values[layer]
         window = config.windows[layer]
         q = self._place_heads(layer, self._linear(layer, "qkv", x, step), keys, values, step)
+        for span, soft in step.soft:
+            soft.write(layer, keys, values, step.kv_slots, span)
         attended = attention(
             q, keys, values, step.attention, config.attention_scale, window,
             softcap=config.attention_softcap, slopes=self._slopes,
@@ -227,6 +240,7 @@ class _LoraPlanner:
 
     def plan(self, row_tokens: tuple[int, ...], row_slots: tuple[int, ...]) -> LoraPlan | None:
         """The plan of a step with these rows."""
+        row_slots = with_rank(row_slots, self._host_pages)
         pages = [self._host_pages[slot] for slot in row_slots if slot >= 0]
         if not pages:
             return None

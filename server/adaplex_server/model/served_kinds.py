@@ -8,21 +8,19 @@ from adaplex_adapters.spec import Adapter
 
 def refuse_unserved(adapter: Adapter) -> None:
     """Raise InvalidAdapter, with the kind and what is missing, when the decoder would leave out a part of it."""
-    if adapter.is_plain_lora:
-        return
     modules = adapter.modules.values()
     parts = {
         "magnitudes (DoRA)": any(module.magnitude is not None for module in modules),
         "an adapted embedding": any(module.embedding for module in modules),
         "factors (IA3)": bool(adapter.scales),
-        "a soft prompt": adapter.soft_prompt is not None,
-        "a prefix": adapter.prefix is not None,
         "bottlenecks": bool(adapter.bottlenecks),
         "replaced weights": bool(adapter.replaced),
         "copies of the base's weights": bool(adapter.base_copies),
     }
     found = ", ".join(part for part, there in parts.items() if there)
-    raise InvalidAdapter(
-        f"this server cannot serve adapters of kind {adapter.spec.kind} with {found} yet; it serves low-rank "
-        "adapters of linears (LoRA, rsLoRA, and AdaLoRA, VeRA, LoHa and LoKr, which are read as such)"
-    )
+    if found:
+        raise InvalidAdapter(
+            f"this server cannot serve adapters of kind {adapter.spec.kind} with {found} yet; it serves low-rank "
+            "adapters of linears (LoRA, rsLoRA, and AdaLoRA, VeRA, LoHa and LoKr, which are read as such) and soft "
+            "prompts (prompt tuning, P-tuning, prefix tuning)"
+        )

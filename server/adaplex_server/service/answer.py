@@ -96,8 +96,12 @@ class Answer:
         # How the request ended, for its count: a reader that leaves early changes nothing here.
         self.outcome = "cancelled"
 
-    def submit(self, revision: str | None, next_row: Callable[[], int], on_row_end: Callable[[], None]) -> None:
-        """Hand all rows to the engine; choice i samples with seed + i. on_row_end: called once for every row."""
+    def submit(
+        self, revision: str | None, virtual: int, next_row: Callable[[], int], on_row_end: Callable[[], None]
+    ) -> None:
+        """Hand all rows to the engine; choice i samples with seed + i. virtual: tokens of the revision's soft prompt.
+        on_row_end: called once for every row.
+        """
         request = self.request
         deadline = None if request.deadline is None else self.began + request.deadline
         if request.deadline is not None:
@@ -110,7 +114,7 @@ class Answer:
                 sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % SEED_SPACE)
             row = _Row(self, index, next_row(), self.began, on_row_end)
             self._rows.append(row)
-            self._link.submit(Submit(row.id, prompt, sampling, revision, deadline, request.priority), row)
+            self._link.submit(Submit(row.id, prompt, sampling, revision, deadline, request.priority, virtual), row)
 
     @property
     def open(self) -> bool:

@@ -120,6 +120,11 @@ class Registry:
             raise self._unknown(name)
         return entry.spec.revision
 
+    def virtual_tokens(self, name: str) -> int:
+        """Tokens of the soft prompt that stands before every prompt of this name; 0 for all other kinds."""
+        entry = self._entries.get(name)
+        return 0 if entry is None else entry.spec.virtual_tokens
+
     def begin_use(self, name: str, revision: str) -> None:
         """A row of this name is submitted: the revision stays until `end_use`."""
         self._uses.begin(name, revision)
@@ -180,6 +185,10 @@ class Registry:
     async def load_folder(self, name: str, folder: Path) -> AdapterInfo:
         """The same for a folder of the operator's; content that the name has already is not loaded again."""
         return await self._finished(self._install(name, folder, "folder", skip_same=True))
+
+    async def install_trained(self, name: str, folder: Path) -> AdapterInfo:
+        """The same for what a fine-tuning job has made."""
+        return await self._finished(self._install(name, folder, "trainer"))
 
     async def load_path(self, name: str, path: str) -> AdapterInfo:
         """The same for a path that a client sent: only inside the configured adapter folder."""
