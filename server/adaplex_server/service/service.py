@@ -21,6 +21,8 @@ from adaplex_server.service.metrics import Metrics, reason_of
 from adaplex_server.service.registry import Registry
 from adaplex_server.service.settings import ServiceSettings
 from adaplex_server.service.text_codec import TextCodec
+from adaplex_server.service.training.fine_tuning import FineTuning
+from adaplex_server.service.training.settings import TrainingSettings
 from adaplex_server.service.types import ServiceInfo, ServiceState
 from adaplex_server.vocabulary import Delta, Finish, GenerateRequest
 
@@ -43,6 +45,7 @@ class Service:
         self.settings = settings
         self._engine = EngineClient(settings, progress)
         self.registry = Registry(settings, self._engine)
+        self.training = FineTuning(settings.training or _default_training(settings), self._serve_trained)
         self.gate = Gate(settings.keys, settings.adapter_limits)
         self.metrics = Metrics(
             settings.engine.base_name,
@@ -76,6 +79,7 @@ class Service:
             await asyncio.gather(codec, self._engine.start())
             self._text = codec.result()
             await self.registry.load_folders(self.settings.startup_adapters)
+            await self.training.open()
         except AdaplexError as error:
             self._phase, self._problem = "failed", error.message
             raise
@@ -100,9 +104,14 @@ class Service:
             return False
         return True
 
+    async def _serve_trained(self, name: str, folder: Path) -> str:
+        """What a finished job has made, under its name."""
+        return (await self.registry.install_trained(name, folder)).revision
+
     async def close(self) -> None:
         """End the engine and let go of the catalogue; running requests end with Unavailable."""
         self._phase = "draining"
+        await self.training.close()
         await self._engine.close()
         await self.registry.close()
 
@@ -154,7 +163,7 @@ class Service:
         made = build_sampling(
             sampling,
             prompt_tokens=len(prompt),
-            max_context=info.max_context,
+            max_context=info.max_context - self.registry.virtual_tokens(model),
             vocab_size=info.vocab_size,
             default_max_tokens=default_max_tokens,
         )
@@ -224,7 +233,7 @@ class Service:
 
         self._answers.add(answer)
         self._idle.clear()
-        answer.submit(revision, self._engine.next_row, row_ended)
+        answer.submit(revision, self.registry.virtual_tokens(model), self._engine.next_row, row_ended)
         return answer
 
     def _end(self, answer: Answer) -> None:
@@ -267,6 +276,13 @@ class Service:
         """The engine's latest figures; zeros while there is no engine."""
         link = self._engine.running
         return link.stats if link and link.stats else NO_STATS
+
+
+def _default_training(settings: ServiceSettings) -> TrainingSettings:
+    engine = settings.engine
+    return TrainingSettings(
+        folder=settings.data_dir / "training", base=Path(engine.base), base_name=engine.base_name, device=engine.device
+    )
 
 
 def _is_short(messages: Sequence[Mapping[str, Any]]) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from adaplex_server.caller import Limits
 from adaplex_server.engine.settings import EngineSettings
 from adaplex_server.service.access.key_store import KeyStore
+from adaplex_server.service.training.settings import TrainingSettings
 
 ENGINE_COMMAND = (sys.executable, "-m", "adaplex_server.engine")
 
@@ -34,7 +35,8 @@ class ServiceSettings:
     requests may finish after SIGTERM. restart_first .. restart_longest: pauses before a lost engine is started again,
     doubling; back to the first after healthy_after of health. stall_seconds: silence of an engine that has work, past
     which it is killed and started again. adapter_labels: adapters that get metric series of
-    their own, the others are "other". keys: the API keys, None for a server that asks for none. adapter_limits: of
+    their own, the others are "other". keys: the API keys, None for a server that asks for none.
+    training: of fine-tuning jobs; None for the defaults, inside data_dir. adapter_limits: of
     each adapter, over all callers. engine_command: what is started; the number of the inherited socket is
     appended.
     """
@@ -55,5 +57,6 @@ class ServiceSettings:
     stall_seconds: float = 300.0
     adapter_labels: int = 50
     keys: KeyStore | None = None
+    training: TrainingSettings | None = None
     adapter_limits: Limits = field(default_factory=Limits)
     engine_command: tuple[str, ...] = ENGINE_COMMAND
