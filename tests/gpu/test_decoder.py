@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adaplex_adapters.spec import KIND_LORA, AdapterSpec, LoraAdapter, LoraModule
+from adaplex_server.model import families
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, allocate_pool, write_adapter
 from adaplex_server.model.base import Base, LayerWeights, NormWeights
 from adaplex_server.model.batch_builder import RowInput, build_batch
@@ -19,6 +20,7 @@ from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.families import linear_targets, module_paths
 from adaplex_server.model.formats.dense import DenseLinear
 from adaplex_server.model.formats.gptq import GptqLinear, gptq_linear
+from adaplex_server.model.formats.int8 import Int8Linear
 from adaplex_server.model.formats.nf4 import Nf4Linear, nf4_linear
 from adaplex_server.model.kv_cache import KvCache
 from adaplex_server.model.linear import Linear
@@ -46,6 +48,18 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 32},
     "gpt_neox": {},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 64, "sliding_window": 12, "query_pre_attn_scalar": 96},
+    "gemma3_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"num_key_value_heads": 2, "sliding_window": 12},
+    "opt": {"ffn_dim": 448},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "gpt2": {"n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
 }
 CASES = [
     ("llama", "nf4"),
@@ -54,6 +68,13 @@ CASES = [
     ("mistral", "nf4"),
     ("qwen2", "gptq"),
     ("qwen3", "nf4"),
+    ("gemma2", "nf4"),
+    ("gemma3_text", "fp4"),
+    ("phi3", "int8-absmax"),
+    ("opt", "int8-zeropoint"),
+    ("bloom", "nf4"),
+    ("gpt2", "fp4"),
+    ("falcon", "gptq"),
 ]
 
 
@@ -65,7 +86,9 @@ def on_gpu(base: Base, dtype: torch.dtype) -> Base:
     """The same weights on the GPU, each linear as it would be there."""
 
     def norm(weights: NormWeights) -> NormWeights:
-        return NormWeights(moved(weights.weight), None if weights.bias is None else moved(weights.bias))
+        exact = families.FAMILIES[base.config.family].norm_offset != 0.0
+        weight = weights.weight.to(CUDA) if exact else moved(weights.weight)
+        return NormWeights(weight, None if weights.bias is None else moved(weights.bias))
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(CUDA, dtype)
@@ -75,9 +98,9 @@ def on_gpu(base: Base, dtype: torch.dtype) -> Base:
         if isinstance(found, DenseLinear):
             return DenseLinear(moved(found.weight), bias)
         if isinstance(found, GptqLinear):
-            weight = found.weight
-            parts = {name: getattr(weight, name).to(CUDA) for name in ("codes", "scales", "zeros")}
-            return gptq_linear(replace(weight, **parts), bias, dtype)
+            return gptq_linear(_on_gpu(found.weight), bias, dtype)
+        if isinstance(found, Int8Linear):
+            return Int8Linear(_on_gpu(found.weight), bias)
         assert isinstance(found, Nf4Linear)
         plain = replace(found.weight, codes=found.weight.codes.to(CUDA), absmax=found.weight.plain_absmax().to(CUDA))
         return nf4_linear(plain, bias, dtype)
@@ -91,7 +114,18 @@ def on_gpu(base: Base, dtype: torch.dtype) -> Base:
     )
     embedding = moved(base.embedding)
     head = embedding if base.head is base.embedding else moved(base.head)
-    return Base(base.config, embedding, layers, norm(base.final_norm), head, base.format)
+    return Base(
+        base.config, embedding, layers, norm(base.final_norm), head, base.format,
+        positions=None if base.positions is None else moved(base.positions),
+        embedding_norm=None if base.embedding_norm is None else norm(base.embedding_norm),
+        head_bias=None if base.head_bias is None else moved(base.head_bias),
+    )  # fmt: skip
+
+
+def _on_gpu(weight: Any) -> Any:
+    """A weight with its tensors on the GPU."""
+    values = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return replace(weight, **{name: v.to(CUDA) for name, v in values.items() if isinstance(v, torch.Tensor)})
 
 
 def adapter_of(config: ModelConfig, rank: int) -> LoraAdapter:

@@ -43,11 +43,10 @@ def format_bits(name: str, config: ModelConfig, quantization: Quantization, dtyp
 
 def _four_bits(name: str, block: int) -> FormatBits:
     """Double quantization keeps absmax in eight bits, and one float32 for 256 of them. Our kernel keeps it in sixteen
-    bits, FP4's table is not in it yet.
+    bits either way.
     """
     single, double = 4 + 32 / block, 4 + 8 / block + 32 / (block * _NESTED_GROUP)
-    device = 4 + (16 if name.startswith("nf4") else 32) / block
-    return FormatBits(name, double if name.endswith("-double") else single, device, single, double)
+    return FormatBits(name, double if name.endswith("-double") else single, 4 + 16 / block, single, double)
 
 
 def _grouped(name: str, given: Mapping[str, Any], config: ModelConfig) -> FormatBits:

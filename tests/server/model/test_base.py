@@ -149,7 +149,7 @@ def test_a_quantized_head_is_dequantized(tmp_path: Path, llama: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format", ["nf4", "gptq", "none"])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "gptq", "int8", "int8-absmax", "int8-zeropoint", "none"])
 def test_calls_multiply_row_by_row_and_write_nothing(llama: Path, format: Any, dtype: torch.dtype) -> None:
     base = random_base(read_config(llama), format, dtype=dtype, device=CPU)
     before = _digest(base)
@@ -159,7 +159,9 @@ def test_calls_multiply_row_by_row_and_write_nothing(llama: Path, format: Any, d
         kept = x.clone()
         whole = linear(x)
         expected = x.float() @ linear.dequantized().T
-        assert (whole.float() - expected).norm() <= (0.01 if dtype == torch.bfloat16 else 1e-5) * expected.norm()
+        # LLM.int8 rounds the activations to eight bits as well.
+        tolerance = 0.03 if format == "int8" else 0.01 if dtype == torch.bfloat16 else 1e-5
+        assert (whole.float() - expected).norm() <= tolerance * expected.norm()
         assert 0.3 < float(whole.float().std()) < 3
         for rows in (1, 2, 3, 8, 17):
             assert torch.equal(linear(x[7 : 7 + rows]), whole[7 : 7 + rows]), rows
