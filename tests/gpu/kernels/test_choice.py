@@ -20,12 +20,12 @@ def random_wish(rng: random.Random) -> list[float]:
     return [rng.choice([0.05, 0.3, 1.0, 1.7, 30.0]), rng.random(), top_k, top_p, rng.choice([0.0, 0.0, 0.05, 0.3, 1.0])]
 
 
-@pytest.mark.parametrize("vocab", [3, 600, 2048, 5003])
+@pytest.mark.parametrize("vocab", [3, 600, 5003])
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_token_of_the_cpu(device: torch.device, vocab: int, ties: bool) -> None:
     rng = random.Random(torch.initial_seed())
-    wishes = np.array([random_wish(rng) for _ in range(12)])
-    logits = torch.randn(12, vocab) * 3
+    wishes = np.array([random_wish(rng) for _ in range(9)])
+    logits = torch.randn(9, vocab) * 3
     if ties:
         logits = (logits * 2).round() / 2
     logits[:, rng.randrange(vocab)] = -torch.inf
