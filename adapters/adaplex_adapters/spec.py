@@ -93,9 +93,9 @@ class Bottleneck:
     """A small network beside a block (Houlsby et al. 2019, Pfeiffer et al. 2020): f(x) = scaling * (up act(down x)).
 
     down: [m, hidden], down_bias: [m], up: [hidden, m], up_bias: [hidden]; scaling: [1] or [hidden], float32.
-    activation: a name of `bottleneck.ACTIVATIONS`. With s the residual stream before the block (before its norm) and h
-    what the block gives to it, the stream after the block is s + h + f(x), where x is h ("block", Houlsby), s + h
-    ("sum", Pfeiffer) or s ("stream", parallel).
+    activation: a value of `bottleneck_config.ACTIVATIONS`. With s the residual stream before the block (before its
+    norm) and h what the block gives to it, the stream after the block is s + h + f(x), where x is h ("block", Houlsby),
+    s + h ("sum", Pfeiffer) or s ("stream", parallel).
     """
 
     down: torch.Tensor

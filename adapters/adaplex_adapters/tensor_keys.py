@@ -53,8 +53,9 @@ def _is_part_of_another(path: str) -> bool:
 
 def unknown(key: str, parts: tuple[str, ...]) -> str:
     """What to say of a tensor that is none of these parts."""
-    reasons = (text for pattern, text in _OTHERS if re.search(pattern, key))
-    reason = None if re.search(rf"\.({'|'.join(parts)})(\.[^.]+)?(\.weight)?$", key) else next(reasons, None)
+    own = "|".join(part for part in parts if part not in ("base_layer", "weight"))
+    misnamed = re.search(rf"\.({own})(\.(?!bias$)[^.]+)?(\.weight)?$", key)
+    reason = None if misnamed else next((text for pattern, text in _OTHERS if re.search(pattern, key)), None)
     if reason is not None:
         return f"Tensor {key} {reason}."
     return f"Tensor {key} would stay unused: this kind of adapter has {', '.join(parts)} of {PREFIX}<module>."

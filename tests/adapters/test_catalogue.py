@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,23 @@ def test_a_log_without_its_catalogue_is_not_played_into_a_new_one(path: Path) ->
     catalogue = Catalogue(path)
     assert catalogue.entries() == ()
     catalogue.close()
+
+
+def test_a_catalogue_of_the_first_version_is_read_and_upgraded(tmp_path: Path) -> None:
+    path = tmp_path / "catalogue.sqlite"
+    opened = Catalogue(path)
+    opened.put("old", SPEC, "upload")
+    opened.close()
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        "ALTER TABLE adapters DROP COLUMN virtual_tokens; ALTER TABLE adapters DROP COLUMN bottleneck_size;"
+        "PRAGMA user_version = 1;"
+    )
+    connection.close()
+    assert [entry.spec for entry in peek(path)] == [SPEC]
+    soft = replace(SPEC, kind="prefix_tuning", virtual_tokens=20, bottleneck_size=3)
+    opened = Catalogue(path)
+    opened.put("new", soft, "upload")
+    assert {entry.name: entry.spec for entry in opened.entries()} == {"old": SPEC, "new": soft}
+    opened.close()
+    assert {entry.name: entry.spec for entry in peek(path)} == {"old": SPEC, "new": soft}
