@@ -209,6 +209,7 @@ def settings_for(
     page_size: int,
     step_tokens: int | None = None,
     graphs: bool = True,
+    overlap: bool = True,
 ) -> EngineSettings:
     """An engine with room for the largest batch; without the prefix cache, which would flatter repeated prompts."""
     return EngineSettings(
@@ -224,4 +225,5 @@ def settings_for(
         page_size=page_size,
         threads=threads,
         decode_graphs=graphs,
+        overlap=None if overlap else False,
     )

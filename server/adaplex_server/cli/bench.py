@@ -47,6 +47,9 @@ def engine(
         int | None, typer.Option(help="Tokens of a step at most; the engine's own choice unless given.")
     ] = None,
     graphs: Annotated[bool, typer.Option(help="Replay decode steps as CUDA graphs (on a GPU).")] = True,
+    overlap: Annotated[
+        bool, typer.Option(help="Launch a step before the host knows what the one before chose (on a GPU).")
+    ] = True,
     repeats: Annotated[int, typer.Option(help="Times that each batch is run.")] = 3,
 ) -> None:
     """The engine alone: time of prefill and of a decode step."""
@@ -76,6 +79,7 @@ def engine(
             page_size=page_size,
             step_tokens=step_tokens,
             graphs=graphs,
+            overlap=overlap,
         )
         engine_bench.bench(base, settings, measured, rank, repeats)
 
