@@ -80,7 +80,8 @@ def _settings(base: Base, load: SwapLoad, store: Path, threads: int | None) -> A
             max_slots=slots,
             max_rank=load.rank,
             adapter_bytes=(slots * pages + 1) * layout.page_bytes,
-            host_adapter_bytes=hosted * pages * layout.page_bytes,
+            # A little more than the pages: scalings count, too.
+            host_adapter_bytes=hosted * pages * layout.page_bytes + (1 << 20),
             max_context=2048 if base.config.max_context >= 2048 else None,
             prefix_cache=False,
             threads=threads,

@@ -1,9 +1,9 @@
 """Brings adapter images to the device's pool. On a GPU this happens beside the steps: no step waits for a copy.
 
-There the copies run in a stream of their own. A page is copied whole from pinned memory into a staging buffer at once,
-and from there to its places only after the steps that were launched before: those may still read what the page held.
-The engine lets no row begin with a slot before it has seen the end of its copies. Owns the stream, the staging buffers
-and the copies under way; which slot and pages are whose is the engine's `AdapterSlots`'.
+There the copies run in a stream of their own, from pinned memory to their places, by the copy engine alone. Nobody
+reads the pages meanwhile: a slot that a step in flight reads is pinned, and the engine lets no row begin with a slot
+before it has seen the end of its copies. Owns the stream and the copies under way; which slot and pages are whose is
+the engine's `AdapterSlots`'.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from adaplex_server.model.adapter_image import AdapterImage, ImageLayout
-from adaplex_server.model.adapter_pool import AdapterPool, check_pages, write_page, write_slot
-
-_STAGED_PAGES = 2
+from adaplex_server.model.adapter_pool import AdapterPool, check_pages, page_rows, write_page, write_slot
 
 
 @dataclass(frozen=True)
@@ -36,39 +34,23 @@ class AdapterWriter:
         self._layout = layout
         self._flights: dict[int, _Flight] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._staging: list[torch.Tensor] = []
         self._small: list[torch.Tensor] = []
 
     @torch.inference_mode()
     def start(self, slot: int, pages: tuple[int, ...], image: AdapterImage) -> None:
         """Make `pages` the slot's, with the image in them. Raises InvalidAdapter if it does not fit them.
 
-        The slot may be used once `landed` says so; until then it is not to be started again.
+        No step that has not ended may read the slot or the pages. The slot may be used once `landed` says so; until
+        then it is not to be started again.
         """
-        pool, layout = self._pool, self._layout
-        check_pages(pool, pages, image.rank)
+        check_pages(self._pool, pages, image.rank)
         pages = pages[: len(image.pages)]
         if self._stream is None:
             for page, values in zip(pages, image.pages, strict=True):
-                write_page(pool, layout, page, values)
-            write_slot(pool, slot, pages, torch.tensor(pages, dtype=torch.int32), image.scaling)
-            return
-        small = self._fill_small(pages, image)
-        launched = torch.cuda.current_stream(pool.slot_pages.device).record_event()
-        with torch.cuda.stream(self._stream):
-            on_device = small.to(pool.slot_pages.device, non_blocking=True)
-            for number, (page, values) in enumerate(zip(pages, image.pages, strict=True)):
-                staged = self._stage(number)
-                staged.copy_(values, non_blocking=True)
-                if number == 0:
-                    self._stream.wait_event(launched)
-                write_page(pool, layout, page, staged)
-            if not pages:
-                self._stream.wait_event(launched)
-            count = image.scaling.numel()
-            scaling = on_device[:count].view(torch.float32).view(image.scaling.shape)
-            write_slot(pool, slot, pages, on_device[count : count + len(pages)], scaling)
-            self._flights[slot] = _Flight(self._stream.record_event(), image, small)
+                write_page(self._pool, self._layout, page, values)
+            write_slot(self._pool, slot, pages, torch.tensor(pages, dtype=torch.int32), image.scaling)
+        else:
+            self._launch(self._stream, slot, pages, image)
 
     def landed(self, slot: int) -> bool:
         """Whether the copies that were started for the slot have ended."""
@@ -83,13 +65,24 @@ class AdapterWriter:
         if slot in self._flights:
             self._flights[slot].done.synchronize()
 
-    def _stage(self, number: int) -> torch.Tensor:
-        """Two buffers in turn, each taken again in the stream's own order."""
-        at = number % _STAGED_PAGES
-        if at == len(self._staging):
-            device = self._pool.slot_pages.device
-            self._staging.append(torch.empty(self._layout.page_values, dtype=self._layout.dtype, device=device))
-        return self._staging[at]
+    def _launch(self, stream: torch.cuda.Stream, slot: int, pages: tuple[int, ...], image: AdapterImage) -> None:
+        from adaplex_server.kernels.gpu.strided_copy import copy_rows
+
+        pool, device = self._pool, self._pool.slot_pages.device
+        small = self._fill_small(pages, image)
+        launched = torch.cuda.current_stream(device).record_event()
+        with torch.cuda.stream(stream):
+            for page, values in zip(pages, image.pages, strict=True):
+                for name, places in page_rows(pool, page):
+                    for rows, pinned in zip(places, self._layout.of_linear(values, name), strict=True):
+                        copy_rows(rows, pinned)
+            on_device = small.to(device, non_blocking=True)
+            # The slot may have been cleared in the other stream just now.
+            stream.wait_event(launched)
+            count = image.scaling.numel()
+            scaling = on_device[:count].view(torch.float32).view(image.scaling.shape)
+            write_slot(pool, slot, pages, on_device[count : count + len(pages)], scaling)
+            self._flights[slot] = _Flight(stream.record_event(), image, small)
 
     def _fill_small(self, pages: tuple[int, ...], image: AdapterImage) -> torch.Tensor:
         """Scaling and page numbers as int32 words of pinned memory."""
