@@ -105,8 +105,12 @@ class StampModel:
         self._answers = torch.randn(_ANSWERS, VOCAB, generator=torch.Generator().manual_seed(5)) * 2
         self.fail_next = 0
         self.largest_step = 0
+        self.steps = 0
+        self.tokens: set[int] = {0}
 
     def forward(self, batch: StepBatch, kv: KvCache) -> torch.Tensor:
+        self.steps += 1
+        self.tokens |= set(batch.tokens.tolist())
         self.largest_step = max(self.largest_step, len(batch.tokens))
         if self.fail_next:
             self.fail_next -= 1

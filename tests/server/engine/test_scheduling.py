@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from adaplex_server.engine.messages import Cancel, Submit
 from adaplex_server.vocabulary import SamplingParams
 from support.stamping import POISON, VOCAB, World, make_world
@@ -171,8 +173,9 @@ def test_a_prefix_is_found_again_and_told() -> None:
     assert world.text(0) == world.text(1) != world.text(2) == world.text(3)
 
 
-def test_out_of_memory_makes_steps_smaller_and_never_ends_the_engine() -> None:
-    quiet, short = make_world({}), make_world({})
+@pytest.mark.parametrize("overlap", [False, True])
+def test_out_of_memory_makes_steps_smaller_and_never_ends_the_engine(overlap: bool) -> None:
+    quiet, short = make_world({}), make_world({}, overlap=overlap)
     for world in (quiet, short):
         for row in range(6):
             submit(world, row, sampling=longer(10))
@@ -190,10 +193,11 @@ def test_out_of_memory_makes_steps_smaller_and_never_ends_the_engine() -> None:
     assert short.ends[9][0].error == "Unavailable" and short.ends[9][0].retry_after
 
 
-def test_a_failed_row_leaves_no_trace_in_cache_or_pages() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failed_row_leaves_no_trace_in_cache_or_pages(overlap: bool) -> None:
     """Its numbers are not finite, and its neighbours, the next row on its pages, and the same prompt later are."""
     poisoned = f"r{POISON}"
-    world = make_world({poisoned: 1}, kv_pages=24)
+    world = make_world({poisoned: 1}, kv_pages=24, overlap=overlap)
     kept = []
     for row in range(40):
         world.inbox.put(Submit(row, [(row + i) % VOCAB for i in range(9)], longer(6), poisoned))
@@ -213,11 +217,12 @@ def test_a_failed_row_leaves_no_trace_in_cache_or_pages() -> None:
     assert 0 < len(kept) < 40
 
 
-def test_a_scored_prompt_survives_preemption() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_scored_prompt_survives_preemption(overlap: bool) -> None:
     """The row is thrown out in the middle of its prompt; its scores are those of an undisturbed one."""
     sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, prompt_logprobs=1)
     prompt = [i % VOCAB for i in range(36)]
-    quiet, short = make_world({}, max_scores=2), make_world({}, max_scores=2, kv_pages=16)
+    quiet, short = make_world({}, max_scores=2), make_world({}, max_scores=2, kv_pages=16, overlap=overlap)
     submit(short, 1, sampling=longer(40))
     steps_until(short, 1)
     for world in (quiet, short):
