@@ -18,11 +18,13 @@ SHAPES = ((70, 192), (33, 576), (64, 512))
 GPTQ_SHAPES = SHAPES[1:2] if os.environ.get("TRITON_INTERPRET") == "1" else SHAPES
 
 
-def packed_nf4(n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[Packed4, torch.Tensor]:
+def packed_nf4(
+    n: int, k: int, dtype: torch.dtype, device: torch.device, kind: nf4.Kind = "nf4"
+) -> tuple[Packed4, torch.Tensor]:
     """A random weight packed, and its reference values [n, k] in float32."""
-    weight = nf4.quantize(torch.randn(n, k), double_quant=False)
+    weight = nf4.quantize(torch.randn(n, k), double_quant=False, kind=kind)
     codes = nf4.unpack_codes(weight.codes).view(n, k)
-    packed = pack(codes, weight.plain_absmax().view(n, -1), None, "nf4", nf4.BLOCK, dtype, device)
+    packed = pack(codes, weight.plain_absmax().view(n, -1), None, kind, nf4.BLOCK, dtype, device)
     return packed, nf4.dequantize(weight).to(device)
 
 
@@ -40,6 +42,12 @@ def packed_gptq(
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_nf4_values_and_product(n: int, k: int, dtype: torch.dtype, device: torch.device, check: Check) -> None:
     packed, weight = packed_nf4(n, k, dtype, device)
+    check(dequantize4(packed), weight)
+    _product(packed, dtype, device, check)
+
+
+def test_fp4_values_and_product(dtype: torch.dtype, device: torch.device, check: Check) -> None:
+    packed, weight = packed_nf4(33, 192, dtype, device, "fp4")
     check(dequantize4(packed), weight)
     _product(packed, dtype, device, check)
 

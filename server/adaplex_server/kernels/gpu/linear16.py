@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from adaplex_server.kernels.cuda import linear16 as hopper
 from adaplex_server.kernels.gpu.launch import INTERPRETED, cdiv, next_power_of_2
 
 FEW_ROWS = 128
@@ -25,6 +26,8 @@ def linear16(
     plain = x.dtype == torch.float32 and not INTERPRETED
     if m == 0 or plain or (m > FEW_ROWS and out_dtype in (None, x.dtype)):
         return torch.nn.functional.linear(x, weight, bias).to(out_dtype or x.dtype)
+    if hopper.usable(x, weight):
+        return hopper.linear16(x, weight, bias, out_dtype or x.dtype)
     y = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
     block_m = min(128, max(16, next_power_of_2(m)))
     block_n, warps = (128, 8) if n >= 16384 else (64, 4) if n >= 8192 else (32, 4)

@@ -1,23 +1,24 @@
-"""A linear with 4-bit weights on the GPU: the packed layout, the product for few rows, and dequantization for many.
+"""A linear with 4-bit weights on the GPU: the packed weight, the product for few rows, and dequantization for many.
 
 y[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n]), where w is, rounded to the activations' dtype,
 
-    nf4:   NF4[code[n, k]] * scale[n, k / group]                     Dettmers et al., "QLoRA" (arXiv 2305.14314)
-    int4:  (code[n, k] - zero[n, k / group]) * scale[n, k / group]   Frantar et al., "GPTQ" (arXiv 2210.17323)
+    nf4, fp4:  TABLE[code[n, k]] * scale[n, k / group]               Dettmers et al., "QLoRA" (arXiv 2305.14314)
+    int4:      (code[n, k] - zero[n, k / group]) * scale[n, k / group]   Frantar et al., "GPTQ" (arXiv 2210.17323)
 
 x [M, K] and y [M, N] in bfloat16 or float16, sums in float32; float32 goes through an exactly dequantized weight.
 
 Few rows (M <= FEW_ROWS): the product is taken as w @ x^T, so that the expanded weight is the tensor core's register
-operand and never passes through shared memory. K is cut in `splits` parts when N alone does not fill the machine;
-whoever finishes the linear adds the parts in order (`product` returns them, `linear4` their sum). Both the order of K
-and the number of parts follow from the weight's shape alone, so a row's result does not depend on M, bit for bit.
+operand and never passes through shared memory. K is cut in parts when N alone does not fill the machine; whoever
+finishes the linear adds the parts in order (`product` returns them, `linear4` their sum). Both the order of K and the
+number of parts follow from the weight's shape alone, so a row's result does not depend on M, bit for bit.
 Many rows: the weight is expanded into a scratch once and torch multiplies.
 
-Layout, made once at load: K is padded to a multiple of 8 * columns (`columns` is 32 or 16). words [K / (8 * columns),
-N, columns] int32: word c of a step covers 8 codes of one output whose k differ by multiples of `columns`; words 2c and
-2c + 1 share k = 2c and 2c + 1, the first holding the steps j = 0..3 and the second j = 4..7, so that one instruction
-sequence yields pairs in the order that the tensor core wants. scales, zeros [K / group, N] in the activations' dtype;
-zeros hold zero - 8. Padding has scale 0.
+Two layouts, one of which is chosen when a weight is packed (`pack`): on Hopper in bfloat16 that of `kernels.cuda`,
+whose kernels then multiply and expand; elsewhere this one, for Triton. K is padded to a multiple of 8 * columns
+(`columns` is 32 or 16). words [K / (8 * columns), N, columns] int32: word c of a step covers 8 codes of one output,
+whose k differ by multiples of `columns`; words 2c and 2c + 1 share k = 2c and 2c + 1, the first holding the steps
+j = 0..3 and the second j = 4..7, so that one instruction sequence yields pairs in the order that the tensor core wants.
+scales, zeros [K / group, N] in the activations' dtype; zeros hold zero - 8. Padding has scale 0.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ import torch
 import triton
 import triton.language as tl
 
+from adaplex_server.kernels.cuda import layout4
+from adaplex_server.kernels.cuda import linear4 as hopper
+from adaplex_server.kernels.gpu.expand4 import expand, look_up
 from adaplex_server.kernels.gpu.launch import INTERPRETED, cdiv, next_power_of_2
-from adaplex_server.kernels.nf4 import nf4_code
+from adaplex_server.kernels.nf4 import code_values
 
-Kind = Literal["nf4", "int4"]
+Kind = Literal["nf4", "fp4", "int4"]
 FEW_ROWS = 128
-
-_NF4_VALUES = tuple(nf4_code(torch.device("cpu")).tolist())
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Packed4:
     """A packed weight. n, k: the true features; words, scales, zeros as the module says; table: the sixteen values in
     float32 (on the device).
 
-    dtype: of the activations that it multiplies.
+    columns: of the layout for Triton; 0: the layout is that of `kernels.cuda.layout4`. dtype: of the activations that
+    it multiplies.
     """
 
     kind: Kind
@@ -63,6 +66,13 @@ class Packed4:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
+def table_values(kind: Kind) -> tuple[float, ...]:
+    """What the sixteen codes stand for, before zeros and scales."""
+    if kind == "int4":
+        return tuple(code - 8.0 for code in range(16))
+    return tuple(code_values(kind, torch.device("cpu")).tolist())
+
+
 def pack(
     codes: torch.Tensor,
     scales: torch.Tensor,
@@ -72,12 +82,39 @@ def pack(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Packed4:
-    """Lay a weight out for `linear4`.
+    """Lay a weight out for `linear4`, as the device's kernels want it.
 
     codes: [N, K] uint8 below 16. scales, zeros: [N, ceil(K / group)] float (zeros None: 8 everywhere). group:
     in-features that share a scale, a multiple of 32, or K itself.
     """
+    lay_out = _for_hopper if hopper.usable(device, dtype, codes.shape[1], group) else _for_triton
+    lower = None if zeros is None else zeros.to(device).float() - 8
+    return lay_out(codes.to(device), scales.to(device), lower, kind, group, dtype)
+
+
+def _for_hopper(
+    codes: torch.Tensor, scales: torch.Tensor, lower: torch.Tensor | None, kind: Kind, group: int, dtype: torch.dtype
+) -> Packed4:
     n, k = codes.shape
+    blocks, group = hopper.padded_blocks(n, k), layout4.padded_group(k, group)
+    return Packed4(
+        kind=kind,
+        n=n,
+        k=k,
+        group=group,
+        columns=0,
+        dtype=dtype,
+        words=layout4.pack_words(codes, blocks),
+        scales=layout4.pack_groups(scales.to(dtype), k, group, blocks),
+        zeros=None if lower is None else layout4.pack_groups(lower.to(dtype), k, group, blocks),
+        table=torch.tensor(table_values(kind), device=codes.device),
+    )
+
+
+def _for_triton(
+    codes: torch.Tensor, scales: torch.Tensor, lower: torch.Tensor | None, kind: Kind, group: int, dtype: torch.dtype
+) -> Packed4:
+    (n, k), device = codes.shape, codes.device
     columns = 32 if k % 256 == 0 else 16
     step = 8 * columns
     padded = cdiv(k, step) * step
@@ -85,12 +122,11 @@ def pack(
         group = padded
     elif group % columns:
         raise ValueError(f"groups of {group} in-features cannot be packed: need a multiple of {columns}")
-    codes = torch.nn.functional.pad(codes.to(device), (0, padded - k))
+    codes = torch.nn.functional.pad(codes, (0, padded - k))
     words = torch.empty(padded // step, n, columns, dtype=torch.int32, device=device)
     for begin in range(0, n, 4096):
         words[:, begin : begin + 4096] = _words(codes[begin : begin + 4096], kind, columns)
     groups = cdiv(padded, group)
-    table = torch.tensor(_NF4_VALUES if kind == "nf4" else [v - 8.0 for v in range(16)], device=device)
     return Packed4(
         kind=kind,
         n=n,
@@ -99,9 +135,9 @@ def pack(
         columns=columns,
         dtype=dtype,
         words=words,
-        scales=_by_group(scales, groups, dtype, device),
-        zeros=None if zeros is None else _by_group(zeros.float() - 8, groups, dtype, device),
-        table=table,
+        scales=_by_group(scales, groups, dtype),
+        zeros=None if lower is None else _by_group(lower, groups, dtype),
+        table=torch.tensor(table_values(kind), device=device),
     )
 
 
@@ -113,15 +149,15 @@ def _words(codes: torch.Tensor, kind: Kind, columns: int) -> torch.Tensor:
     words = torch.zeros(steps, n, columns // 2, 2, dtype=torch.int32, device=codes.device)
     for j in range(8):
         for odd in range(2):
-            # nf4: the two k of a pair are neighbouring nibbles; int4: they are 16 bits apart, so that one `and`
+            # A table's two k of a pair are neighbouring nibbles; int4's are 16 bits apart, so that one `and`
             # extracts both.
-            shift = 4 * (2 * (j % 4) + odd) if kind == "nf4" else 4 * (j % 4) + 16 * odd
+            shift = 4 * (j % 4) + 16 * odd if kind == "int4" else 4 * (2 * (j % 4) + odd)
             words[..., j // 4] |= split[..., j, odd] << shift
     return words.view(steps, n, columns)
 
 
-def _by_group(values: torch.Tensor, groups: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    values = values.to(device).t()
+def _by_group(values: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    values = values.t()
     return torch.nn.functional.pad(values, (0, 0, 0, groups - values.shape[0])).to(dtype).contiguous()
 
 
@@ -143,6 +179,8 @@ def product(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None = None) 
     exact = x.dtype == torch.float32 and not INTERPRETED
     if x.shape[0] == 0 or exact:
         return torch.nn.functional.linear(x, dequantize4(weight), bias)[None]
+    if weight.columns == 0:
+        return hopper.product(x, weight, bias)
     return _few_rows(x.contiguous(), weight, bias)
 
 
@@ -208,7 +246,7 @@ def _few_rows(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None) -> to
         BLOCK_M=block_m,
         BLOCK_N=launch.block_n,
         SPLITS=splits,
-        NF4=weight.kind == "nf4",
+        KIND=weight.kind,
         ZEROS=weight.zeros is not None,
         BIAS=bias is not None and splits == 1,
         GROUP=weight.group,
@@ -224,6 +262,8 @@ def _few_rows(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None) -> to
 
 def dequantize4(weight: Packed4) -> torch.Tensor:
     """The weight [N, K] in its dtype: the very values that the product for few rows multiplies with."""
+    if weight.columns == 0:
+        return hopper.dequantize(weight)
     out = torch.empty(weight.n, weight.k, dtype=weight.dtype, device=weight.words.device)
     _dequantize[(cdiv(weight.n, 32), weight.words.shape[0])](
         weight.words,
@@ -234,7 +274,7 @@ def dequantize4(weight: Packed4) -> torch.Tensor:
         weight.n,
         weight.k,
         BLOCK_N=32,
-        NF4=weight.kind == "nf4",
+        KIND=weight.kind,
         ZEROS=weight.zeros is not None,
         GROUP=weight.group,
         COLUMNS=weight.columns,
@@ -242,86 +282,6 @@ def dequantize4(weight: Packed4) -> torch.Tensor:
         num_warps=4,
     )
     return out
-
-
-def _nf4_assembly(dtype: torch.dtype) -> str:
-    """Two words to eight pairs of table values: byte permutes (prmt) on the table's high and low bytes, held in eight
-    registers.
-    """
-    bits = [v & 0xFFFF for v in torch.tensor(_NF4_VALUES).to(dtype).view(torch.int16).tolist()]
-    lines = ["{", ".reg .b32 i0,i1,b0,b1,n,p,h,l,H0,H1,H2,H3,L0,L1,L2,L3;"]
-    for name, shift in (("L", 0), ("H", 8)):
-        for i in range(4):
-            register = sum(((value >> shift) & 0xFF) << (8 * at) for at, value in enumerate(bits[4 * i : 4 * i + 4]))
-            lines.append(f"mov.b32 {name}{i}, 0x{register:08x};")
-    for word in range(2):
-        source = f"${8 + word}"
-        # Three bits of a nibble choose a byte of a register pair; the fourth chooses between the two pairs.
-        lines += [f"and.b32 i0, {source}, 0x77777777;", f"shr.u32 b0, {source}, 1;"]
-        lines += ["lop3.b32 b0, b0, 0x44444444, 0x32103210, 0xEA;", "shr.u32 i1, i0, 16;", "shr.u32 b1, b0, 16;"]
-        for half in range(2):
-            index, choice = f"i{half}", f"b{half}"
-            for result, table in (("h", "H"), ("l", "L")):
-                lines.append(f"prmt.b32 n, {table}0, {table}1, {index};")
-                lines.append(f"prmt.b32 p, {table}2, {table}3, {index};")
-                lines.append(f"prmt.b32 {result}, n, p, {choice};")
-            lines.append(f"prmt.b32 ${4 * word + 2 * half}, l, h, 0x5140;")
-            lines.append(f"prmt.b32 ${4 * word + 2 * half + 1}, l, h, 0x7362;")
-    return "\n".join([*lines, "}"])
-
-
-def _int4_assembly(dtype: torch.dtype) -> str:
-    """Two words to eight pairs of code - 8: or-ing a code into the mantissa of 2^7 (bfloat16) or 2^10 (float16), then
-    subtracting.
-    """
-    magic, minus, add = (
-        ("0x43004300", "0xC308C308", "add.rn.bf16x2")
-        if dtype == torch.bfloat16
-        else ("0x64006400", "0xE408E408", "add.rn.f16x2")
-    )
-    lines = ["{", ".reg .b32 t,c;", f"mov.b32 c, {minus};"]
-    for word in range(2):
-        for j in range(4):
-            lines.append(f"shr.u32 t, ${8 + word}, {4 * j};")
-            lines.append(f"lop3.b32 t, t, 0x000F000F, {magic}, 0xEA;")
-            lines.append(f"{add} ${4 * word + j}, t, c;")
-    return "\n".join([*lines, "}"])
-
-
-_NF4_BF16 = tl.constexpr(_nf4_assembly(torch.bfloat16))
-_NF4_FP16 = tl.constexpr(_nf4_assembly(torch.float16))
-_INT4_BF16 = tl.constexpr(_int4_assembly(torch.bfloat16))
-_INT4_FP16 = tl.constexpr(_int4_assembly(torch.float16))
-_EIGHT_BF16 = tl.constexpr((tl.bfloat16,) * 8)
-_EIGHT_FP16 = tl.constexpr((tl.float16,) * 8)
-_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r")
-
-
-@triton.jit
-def _expand(words, NF4: tl.constexpr, T: tl.constexpr):
-    """Words [rows, COLUMNS] to the eight tiles [rows, COLUMNS] of values that they hold."""
-    if T == tl.bfloat16:
-        values = tl.inline_asm_elementwise(
-            _NF4_BF16 if NF4 else _INT4_BF16, _REGISTERS, [words], dtype=_EIGHT_BF16, is_pure=True, pack=2
-        )
-    else:
-        values = tl.inline_asm_elementwise(
-            _NF4_FP16 if NF4 else _INT4_FP16, _REGISTERS, [words], dtype=_EIGHT_FP16, is_pure=True, pack=2
-        )
-    return values
-
-
-@triton.jit
-def _look_up(
-    words_ptr, table_ptr, row, column, mask, J: tl.constexpr, NF4: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr
-):
-    """Tile J of `_expand` without assembly. row: index of the words' first column."""
-    word = tl.load(words_ptr + row + (column // 2) * 2 + J // 4, mask=mask, other=0)
-    if NF4:
-        shift = 4 * (2 * (J % 4) + column % 2)
-    else:
-        shift = 4 * (J % 4) + 16 * (column % 2)
-    return tl.load(table_ptr + ((word >> shift) & 15)).to(T)
 
 
 # Another number of rows must not ask for another compilation.
@@ -341,7 +301,7 @@ def _product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
-    NF4: tl.constexpr,
+    KIND: tl.constexpr,
     ZEROS: tl.constexpr,
     BIAS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -360,7 +320,7 @@ def _product(
     n_load = n if EVEN_N else tl.minimum(n, N - 1)
     T: tl.constexpr = x_ptr.dtype.element_ty
     STEP: tl.constexpr = 8 * COLUMNS
-    # Tiles of `_expand` that share a scale.
+    # Tiles of `expand` that share a scale.
     SHARED: tl.constexpr = GROUP // COLUMNS if GROUP < STEP else 8
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     per = tl.cdiv(steps, SPLITS)
@@ -368,7 +328,7 @@ def _product(
     for step in tl.range(part * per, tl.minimum((part + 1) * per, steps)):
         row = (step * N + n_load[:, None]) * COLUMNS
         if ASSEMBLY:
-            values = _expand(tl.load(words_ptr + row + column[None, :]), NF4, T)
+            values = expand(tl.load(words_ptr + row + column[None, :]), KIND, T)
         scale = tl.zeros((BLOCK_N, 1), T)
         zero = tl.zeros((BLOCK_N, 1), T)
         for j in tl.static_range(8):
@@ -380,7 +340,7 @@ def _product(
             if ASSEMBLY:
                 w = values[j]
             else:
-                w = _look_up(words_ptr, table_ptr, row, column[None, :], n_mask[:, None], j, NF4, COLUMNS, T)
+                w = look_up(words_ptr, table_ptr, row, column[None, :], n_mask[:, None], j, KIND, COLUMNS, T)
             if ZEROS:
                 w = w - zero
             first = step * STEP + j * COLUMNS
@@ -419,7 +379,7 @@ def _dequantize(
     N,
     K,
     BLOCK_N: tl.constexpr,
-    NF4: tl.constexpr,
+    KIND: tl.constexpr,
     ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -434,13 +394,13 @@ def _dequantize(
     STEP: tl.constexpr = 8 * COLUMNS
     row = (step * N + n[:, None]) * COLUMNS
     if ASSEMBLY:
-        values = _expand(tl.load(words_ptr + row + column[None, :], mask=mask, other=0), NF4, T)
+        values = expand(tl.load(words_ptr + row + column[None, :], mask=mask, other=0), KIND, T)
     for j in tl.static_range(8):
         at = ((step * STEP + j * COLUMNS) // GROUP) * N + n[:, None]
         if ASSEMBLY:
             w = values[j]
         else:
-            w = _look_up(words_ptr, table_ptr, row, column[None, :], mask, j, NF4, COLUMNS, T)
+            w = look_up(words_ptr, table_ptr, row, column[None, :], mask, j, KIND, COLUMNS, T)
         if ZEROS:
             w = w - tl.load(zeros_ptr + at, mask=mask, other=0.0)
         w = w * tl.load(scales_ptr + at, mask=mask, other=0.0)

@@ -116,8 +116,7 @@ class GpuNf4Linear:
 
 def nf4_linear(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
     """The fastest implementation for where the weight is and for activations of `dtype`."""
-    # The kernel has no table of FP4's values yet: such a weight is expanded for each product.
-    if weight.codes.is_cuda and weight.row_aligned and dtype != torch.float32 and weight.kind == "nf4":
+    if weight.codes.is_cuda and weight.row_aligned and dtype != torch.float32:
         return _on_gpu(weight, bias, dtype)
     if dtype == torch.bfloat16 and nf4_cpu.fits(weight):
         multiply = nf4_cpu.library()
@@ -130,7 +129,6 @@ def nf4_linear(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dt
 def _on_gpu(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
     from adaplex_server.kernels.gpu.linear4 import pack
 
-    assert weight.kind == "nf4"
     rows, columns = weight.out_features, weight.in_features
     absmax = weight.plain_absmax().view(rows, -1)
     codes = nf4.unpack_codes(weight.codes).view(rows, columns)
