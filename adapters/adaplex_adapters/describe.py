@@ -14,19 +14,24 @@ from adaplex_adapters.spec import Adapter, AdapterSpec, LoraModule
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """spec: None when the files cannot be read at all. modules: low-rank modules, factors, bottlenecks and replaced
+    """adapter: None when the files cannot be read at all. modules: low-rank modules, factors, bottlenecks and replaced
     weights together. ranks, scalings: the different ones, ascending.
 
     problems: all that was found in the first stage that failed; empty when the adapter can be served on the base.
     warnings: what is served but looks like a mistake.
     """
 
-    spec: AdapterSpec | None
+    adapter: Adapter | None
     modules: int
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def spec(self) -> AdapterSpec | None:
+        """What one tells about it."""
+        return self.adapter.spec if self.adapter is not None else None
 
 
 def check_adapter(folder: Path, base: BaseShape | None, limits: ReadLimits | None = None) -> AdapterReport:
@@ -43,7 +48,7 @@ def check_adapter(folder: Path, base: BaseShape | None, limits: ReadLimits | Non
         except AdaplexError as error:
             problems = _problems(error)
     return AdapterReport(
-        spec=adapter.spec,
+        adapter=adapter,
         modules=len(adapter.modules) + len(adapter.scales) + len(adapter.bottlenecks) + len(adapter.replaced),
         ranks=tuple(sorted({module.a.shape[0] for module in adapter.modules.values()})),
         scalings=tuple(sorted({module.scaling for module in adapter.modules.values()})),

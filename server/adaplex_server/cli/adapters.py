@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from adaplex_adapters.errors import AdaplexError, InvalidRequest, Unavailable
+from adaplex_adapters.errors import AdaplexError, InvalidAdapter, InvalidRequest, Unavailable
 from adaplex_adapters.folder import KEPT_FILES, TENSOR_FILE
 from adaplex_adapters.peft_fields import CONFIG_FILE
 from adaplex_server.settings import SERVER_VARIABLE
 
 if TYPE_CHECKING:
-    from adaplex_adapters.spec import AdapterSpec
+    from adaplex_adapters.spec import Adapter, AdapterSpec
 
 app = typer.Typer(help="List, add, remove and check adapters.", no_args_is_help=True)
 Server = Annotated[str, typer.Option(help="Address of the running server.", envvar=SERVER_VARIABLE)]
@@ -41,12 +41,12 @@ def call(server: str, method: str, path: str, **arguments: Any) -> Any:
 @app.command("list")
 def list_adapters(server: Server = DEFAULT_SERVER) -> None:
     """Show the adapters of a running server."""
-    table = Table("name", "kind", "rank", "targets", "MB", "state", "revision")
+    table = Table("name", "kind", "size", "targets", "MB", "state", "revision")
     for adapter in call(server, "GET", "/v1/adapters")["data"]:
         table.add_row(
             adapter["name"],
             adapter["kind"],
-            str(adapter["rank"]),
+            str(adapter["rank"] or adapter["virtual_tokens"] or adapter["bottleneck_size"] or ""),
             " ".join(adapter["targets"]),
             f"{adapter['size'] / 1e6:.1f}",
             adapter["state"],
@@ -63,7 +63,8 @@ def add_adapter(name: str, folder: Path, server: Server = DEFAULT_SERVER) -> Non
         raise InvalidRequest(f"{folder} holds no {CONFIG_FILE} or no {TENSOR_FILE}; give the folder that PEFT saved")
     parts = [("files", (file, (folder / file).read_bytes())) for file in there]
     added = call(server, "POST", "/v1/adapters", data={"name": name}, files=parts)
-    print(f"serving {added['name']} ({added['kind']}, rank {added['rank']}) as revision {added['revision'][:12]}")
+    size = f"{added['parameters']:,} parameters"
+    print(f"serving {added['name']} ({added['kind']}, {size}) as revision {added['revision'][:12]}")
 
 
 @app.command("remove")
@@ -80,24 +81,46 @@ def check_folder(
         str | None, typer.Option(help="The base it is for, as `adaplex serve --base`; the embedded one unless given.")
     ] = None,
 ) -> None:
-    """Tell what a PEFT folder holds and every problem that would have a server refuse it, without a server."""
+    """Tell what an adapter's folder holds, what it would cost on the device, and every problem that would have a server
+    refuse it; without a server.
+    """
+    import torch
+
     from adaplex_adapters.describe import check_adapter
     from adaplex_server.bases.locate import locate_base
+    from adaplex_server.model.adapter_cost import device_bytes
     from adaplex_server.model.config import read_config
     from adaplex_server.model.families import base_shape
 
     located = locate_base(base)
-    report = check_adapter(folder, base_shape(read_config(located.folder, located.name)))
-    if spec := report.spec:
-        for line in describe_spec(spec, report.modules):
+    config = read_config(located.folder, located.name)
+    report = check_adapter(folder, base_shape(config))
+    problems = list(report.problems)
+    if report.adapter is not None:
+        for line in describe_spec(report.adapter.spec, report.modules):
             print(line)
+        if not problems:
+            cost = device_bytes(report.adapter, config, torch.bfloat16)
+            print(f"takes {cost / 1e6:.1f} MB of a GPU in bfloat16, {2 * cost / 1e6:.1f} MB on the CPU, while resident")
+            problems += unserved(report.adapter)
     for warning in report.warnings:
         print(f"warning: {warning}")
-    for problem in report.problems:
+    for problem in problems:
         print(f"problem: {problem}")
-    if report.problems:
+    if problems:
         raise InvalidRequest(f"{folder} would be refused for {located.name}")
     print(f"fits {located.name}")
+
+
+def unserved(adapter: Adapter) -> list[str]:
+    """Why the decoder cannot serve a good adapter, if it cannot."""
+    from adaplex_server.model.served_kinds import refuse_unserved
+
+    try:
+        refuse_unserved(adapter)
+    except InvalidAdapter as error:
+        return [error.message]
+    return []
 
 
 def describe_spec(spec: AdapterSpec, modules: int) -> list[str]:

@@ -129,4 +129,6 @@ def _told(info: AdapterInfo) -> Adapter:
         state=info.state,
         running=info.running,
         reason=info.reason,
+        virtual_tokens=info.virtual_tokens,
+        bottleneck_size=info.bottleneck_size,
     )

@@ -166,6 +166,8 @@ class Registry:
             state=state,
             running=self._uses.rows(name),
             reason=self._failed.get(name, ""),
+            virtual_tokens=spec.virtual_tokens,
+            bottleneck_size=spec.bottleneck_size,
         )
 
     # ---- what changes ------------------------------------------------------------------------------------------------

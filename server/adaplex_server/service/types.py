@@ -18,7 +18,8 @@ class AdapterInfo:
     revision: SHA-256 (hex) of the content that new requests of this name get. nbytes: size as stored. created: Unix
     seconds. source: "upload", "folder" or "trainer". running: rows of this name in the engine now, of whatever
     revision. state: "ready" can be named in a request; "resident" is ready and has been used since the engine
-    started; "failed" cannot be served, `reason` says why (it does not belong in a list of models).
+    started; "failed" cannot be served, `reason` says why (it does not belong in a list of models). virtual_tokens,
+    bottleneck_size: see `AdapterSpec`.
     """
 
     name: str
@@ -34,6 +35,8 @@ class AdapterInfo:
     state: AdapterState
     running: int = 0
     reason: str = ""
+    virtual_tokens: int = 0
+    bottleneck_size: int = 0
 
     @property
     def servable(self) -> bool:

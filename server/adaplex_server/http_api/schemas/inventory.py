@@ -48,7 +48,9 @@ class ModelDeleted(Struct, frozen=True):
 
 
 class Adapter(Struct, frozen=True):
-    """A registered adapter. size: bytes as stored. running: rows in the engine now. reason: why it is not served."""
+    """A registered adapter. size: bytes as stored. running: rows in the engine now. reason: why it is not served.
+    virtual_tokens: of a soft prompt or prefix; they count towards the context. bottleneck_size: width of bottlenecks.
+    """
 
     name: str
     revision: str
@@ -63,6 +65,8 @@ class Adapter(Struct, frozen=True):
     state: Literal["ready", "resident", "loading", "draining", "failed"]
     running: int
     reason: str
+    virtual_tokens: int = 0
+    bottleneck_size: int = 0
     object: Literal["adapter"] = "adapter"
 
 
