@@ -75,13 +75,15 @@ class Zoo:
     folders: dict[str, Path]
 
 
-def make_zoo(folder: Path, recipes: dict[str, dict[str, Any]] = RECIPES, seed: int = 0) -> Zoo:
-    """Checkpoint by transformers, adapters by PEFT, all random."""
+def make_zoo(
+    folder: Path, recipes: dict[str, dict[str, Any]] = RECIPES, seed: int = 0, config: Any | None = None
+) -> Zoo:
+    """Checkpoint by transformers, adapters by PEFT, all random. config: transformers', a small Llama's by default."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = config or LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=128,
@@ -95,12 +97,12 @@ def make_zoo(folder: Path, recipes: dict[str, dict[str, Any]] = RECIPES, seed: i
         eos_token_id=2,
     )
     base = folder / "base"
-    LlamaForCausalLM(config).save_pretrained(base)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
     store, shape = AdapterStore(folder / "store"), base_shape(read_config(base))
     revisions: dict[str, str] = {}
     folders: dict[str, Path] = {}
     for name, recipe in recipes.items():
-        model = get_peft_model(LlamaForCausalLM(config), LoraConfig(**recipe))
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(**recipe))
         for path, tensor in model.named_parameters():
             if "lora_" in path:
                 tensor.data = torch.randn_like(tensor) * (0.3 if "lora_A" in path else 0.15)

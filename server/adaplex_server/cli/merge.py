@@ -10,6 +10,7 @@ import typer
 from adaplex_adapters.errors import NotFound
 from adaplex_server.cli.demo import demo_adapters
 from adaplex_server.cli.progress import StartupProgress
+from adaplex_server.model.formats.quantization import BLOCK, Quantization, QuantizeKind
 from adaplex_server.settings import default_data_dir
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -23,10 +24,10 @@ def merge_command(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base, as `adaplex serve --base`.")] = None,
     quantize: Annotated[
-        Literal["nf4", "none"],
-        typer.Option(help="What a dense base is served as: its values are merged as NF4 rounds them, or as they are."),
+        QuantizeKind, typer.Option(help="What a dense base is served as: its values are merged as that rounds them.")
     ] = "nf4",
     double_quant: Annotated[bool, typer.Option(help="Whether it is served with double quantization.")] = True,
+    quant_block: Annotated[int, typer.Option(help="In what blocks of NF4 or FP4 it is served.")] = BLOCK,
     dtype: Annotated[Dtype, typer.Option(help="Of the result.")] = "bfloat16",
     data_dir: Annotated[Path | None, typer.Option(help="The server's data folder.", envvar="ADAPLEX_DATA_DIR")] = None,
 ) -> None:
@@ -51,7 +52,7 @@ def merge_command(
         config = read_config(located.folder, located.name)
         folder = adapter or find_adapter(name, (data_dir or default_data_dir()) / located.name)
         read = read_adapter(folder, base_shape(config))
-        with open_source(located.folder, config, quantize, double_quant) as source:
+        with open_source(located.folder, config, Quantization(quantize, double_quant, quant_block)) as source:
             report = merge_adapter(source, read, located.folder, out, DTYPES[dtype], progress.report)
         progress.finish(
             f"wrote {report.out}: {report.merged} weights merged, {report.passed} tensors taken over, "

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from adaplex_adapters.errors import StartupError
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import FAMILIES, base_shape
 from adaplex_server.model.formats.choice import choose_format
 from adaplex_server.model.formats.parts import Module, Place, ReadWeight, join
-from adaplex_server.model.formats.quantization import Quantization, QuantizeKind
+from adaplex_server.model.formats.quantization import Quantization
 
 EXACT = Place(torch.float32, torch.device("cpu"))
 DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -46,13 +47,18 @@ class BaseSource:
 
 
 @contextmanager
-def open_source(folder: Path, config: ModelConfig, quantize: QuantizeKind, double_quant: bool) -> Iterator[BaseSource]:
+def open_source(folder: Path, config: ModelConfig, quantization: Quantization) -> Iterator[BaseSource]:
     """The base in `folder`, as a server with the same settings has it. Raises StartupError where it cannot be read."""
-    _, read = choose_format(folder, config, Quantization(quantize, double_quant))
+    family = FAMILIES[config.family]
+    if family.transposed:
+        raise StartupError(
+            f"merging into a {family.model_type} base is not supported: it stores its linears transposed"
+        )
+    _, read = choose_format(folder, config, quantization)
     shape = base_shape(config)
     modules = [Module(path, linear.out_features, linear.in_features) for path, linear in shape.linears.items()]
-    with Checkpoint(folder) as checkpoint:
-        head = FAMILIES[config.family].head
+    with Checkpoint(folder, prefix=f"{family.embedding.partition('.')[0]}.") as checkpoint:
+        head = family.head
         if checkpoint.names_below(f"{head}.weight.") and not config.tied_head:
             modules.append(Module(head, config.vocab_size, config.hidden_size))
         passed = _passed(checkpoint, tuple(modules), config)
