@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from adaplex_adapters.errors import (
     AdaplexError,
     DeadlineExceeded,
-    InvalidRequest,
     Overloaded,
-    PromptTooLong,
     RowFailed,
     Unavailable,
 )
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
+from adaplex_server.engine.admission import refusal
+from adaplex_server.engine.events import Events
 from adaplex_server.engine.leaving import Leaving
 from adaplex_server.engine.messages import RowEnd, RowToken, Submit
 from adaplex_server.engine.placement import Placement
@@ -79,10 +79,7 @@ class Scheduler:
         self._preempted: list[Row] = []
         self._running: list[Row] = []
         self._arrivals = 0
-        self._pace = 0.1
-        self._last_end: float | None = None
-        self._tokens: list[RowToken] = []
-        self._ends: list[RowEnd] = []
+        self._events = Events()
 
     # ---- what comes from outside -------------------------------------------------------------------------------------
 
@@ -119,18 +116,13 @@ class Scheduler:
             scores=[None] if sampling.prompt_logprobs is not None else [],
         )
         self._rows[row.id] = row
-        context = self.max_context
-        if not message.prompt or length > context or (length == context and sampling.max_tokens > 0):
-            before = f" after the adapter's {virtual} virtual ones" if virtual else ""
-            what = f"a prompt of {length - virtual} tokens{before} leaves no room for an answer in {context} tokens"
-            self.fail(row, PromptTooLong(what if message.prompt else "the prompt is empty: send at least one token"))
-        elif (strange := self._strange_token(message)) is not None:
-            what = f"token id {strange} is not in the vocabulary of {self.limits.vocab_size}"
-            self.fail(row, InvalidRequest(what))
+        error = refusal(message, self.max_context, self.limits.vocab_size)
+        if error is not None:
+            self.fail(row, error)
         elif sampling.max_tokens == 0 and not row.scoring:
             self._end(row, "length")
         elif len(self._waiting) >= self.limits.max_waiting + self._free_places():
-            wait = min(max(self._pace * len(self._waiting) / 2, 0.1), 60.0)
+            wait = self._events.wait_for(len(self._waiting))
             what = f"{len(self._waiting)} requests wait already, and that is the limit; retry in {wait:.1f} s"
             self.fail(row, Overloaded(what, retry_after=wait))
         else:
@@ -145,7 +137,7 @@ class Scheduler:
 
     def refuse(self, message: Submit, error: AdaplexError) -> None:
         """End a row that is not to be queued at all."""
-        self._ends.append(_error_end(message.row, error))
+        self._events.error(message.row, error)
 
     def fail(self, row: Row, error: AdaplexError) -> None:
         """End the row with an error."""
@@ -166,9 +158,7 @@ class Scheduler:
 
     def take_events(self) -> tuple[list[RowToken], list[RowEnd]]:
         """What has happened since the last call."""
-        events = (self._tokens, self._ends)
-        self._tokens, self._ends = [], []
-        return events
+        return self._events.take()
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -260,13 +250,6 @@ class Scheduler:
         self.step_tokens = min(self.step_tokens * 2, self.limits.max_step_tokens)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
-
-    def _strange_token(self, message: Submit) -> int | None:
-        """A token id outside the vocabulary would be an index outside the device's tensors, and the end of all rows."""
-        s = message.sampling
-        named = (*message.prompt, *s.logit_bias, *s.stop_token_ids)
-        low, high = min(named), max(named)
-        return low if low < 0 else high if high >= self.limits.vocab_size else None
 
     @property
     def _places(self) -> int:
@@ -360,11 +343,8 @@ class Scheduler:
         if token in sampling.stop_token_ids or (token in self.limits.eos and not sampling.ignore_eos):
             self._end(row, "stop", stop=(token, outcome.logprob), now=now)
             return
-        first = row.generated == 0
         row.tokens.append(token)
-        scores = row.scores if first and sampling.prompt_logprobs is not None else None
-        cached = row.cached_tokens if first else 0
-        self._tokens.append(RowToken(row.id, token, outcome.logprob, scores, cached))
+        self._events.token(row, token, outcome)
         if row.generated >= row.max_tokens:
             self._end(row, "length", now=now)
 
@@ -390,19 +370,11 @@ class Scheduler:
         if row.slot is not None:
             self._leaving.unpin(row)
         if error is not None:
-            self._ends.append(_error_end(row.id, error))
+            self._events.error(row.id, error)
         else:
-            scores = row.scores if row.generated == 0 and len(row.scores) == row.prompt_length else None
-            self._ends.append(RowEnd(row.id, reason, stop_token=stop[0], prompt_logprobs=scores, stop_logprob=stop[1]))
-        self._note_pace(now)
-
-    def _note_pace(self, now: float | None) -> None:
-        """Seconds between two rows that end by themselves, smoothed: what a full queue's retry hint is made of."""
-        if now is None:
-            return
-        if self._last_end is not None:
-            self._pace += 0.1 * (now - self._last_end - self._pace)
-        self._last_end = now
+            self._events.end(row, reason, stop)
+        if now is not None:
+            self._events.note_pace(now)
 
     def held_pages(self) -> list[list[int]]:
         """The pages of every running row, and of steps in flight (for the pool's audit)."""
@@ -433,8 +405,3 @@ class Scheduler:
             assert self._slots.pinned(revision) == pins, f"adapter {revision[:12]} has wrong pins"
             held = self._slots.slot(revision)
             assert held is not None and all(r.slot == held.index for r in begun if r.revision == revision), "slot moved"
-
-
-def _error_end(row: int, error: AdaplexError) -> RowEnd:
-    name = type(error).__name__
-    return RowEnd(row, "error", error=name, message=error.message, retry_after=error.retry_after)
