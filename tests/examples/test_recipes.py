@@ -17,11 +17,12 @@ from adaplex_adapters.training.recipe import Recipe, make_rows
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("itn-en", "date-iso", "tsql-postgres")
+TASKS = (*NAMES, "cron", "past-tense", "language-id", "spelling-to-sound")
 MAX_BYTES = 6_000_000
 
 
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"recipe_{name.replace('-', '_')}", EXAMPLES / name / "recipe.py")
+def load(name: str, file: str = "recipe.py") -> Any:
+    spec = importlib.util.spec_from_file_location(f"recipe_{name.replace('-', '_')}", EXAMPLES / name / file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -33,7 +34,9 @@ def recipe(request: pytest.FixtureRequest) -> Iterator[Recipe]:
     yield load(request.param).RECIPE
 
 
-def test_rows_are_made_from_the_seed_and_no_question_is_on_both_sides(recipe: Recipe) -> None:
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_are_made_from_the_seed_and_no_question_is_on_both_sides(name: str) -> None:
+    recipe = load(name).RECIPE
     train, held_out = make_rows(recipe)
     assert (len(train), len(held_out)) == (recipe.train_rows, recipe.held_out_rows)
     asked = [{row.messages[0].content for row in rows} for rows in (train, held_out)]
@@ -49,6 +52,28 @@ def test_adapters_are_small_valid_and_say_nothing_of_the_machine(recipe: Recipe)
     assert adapter.spec.rank == 8 and len(adapter.modules) == 210
     assert sum(p.stat().st_size for p in folder.iterdir()) < MAX_BYTES
     assert "/" not in (folder / "adapter_config.json").read_text()
+
+
+def test_every_cron_line_is_described_by_its_question() -> None:
+    from cron_descriptor import get_description
+
+    recipe = load("cron").RECIPE
+    _, rows = make_rows(recipe)
+    for row in rows:
+        assert row.messages[0].content == f"{recipe.instruction} {get_description(row.messages[1].content)}"
+
+
+def test_the_suite_knows_every_task_and_makes_a_table(tmp_path: Path) -> None:
+    suite = load("suite", "run.py")
+    assert tuple(suite.recipes()) == TASKS
+    planned = list(suite.runs(list(TASKS), list(suite.METHODS)))
+    assert len(planned) == len(TASKS) + 2 * len(suite.OTHER_METHODS) == len(set(planned))
+    for _, method in planned:
+        assert suite.options_for(method, 3).seed == 3
+    result = {"task": "cron", "method": "prompt_tuning", "parameters": 1000, "steps": 9, "seconds": 5, "base": 0.1}
+    shown = suite.table([result | {"adapter": 0.5}])
+    assert shown.splitlines()[-1] == "| cron | prompt tuning | 1,000 | 9 | 5 s | 0.100 | 0.500 |"
+    assert suite.finished(tmp_path / "none.jsonl") == []
 
 
 def test_every_date_reads_back_as_the_answer() -> None:

@@ -88,10 +88,11 @@ def options_from(given: Mapping[str, Any], defaults: TrainOptions | None = None)
         if value is None or (value == "auto" and "auto" not in FIELDS[option].metadata["choices"]):
             continue
         converted = _convert(option, name, value)
-        if found.setdefault(option, converted) != converted:
+        if option in found and found[option] != converted:
             raise InvalidRequest(
                 f"{name} says {value!r}, but {option} was already given as {found[option]!r}", param=name
             )
+        found[option] = converted
     return dataclasses.replace(defaults or TrainOptions(), **found)
 
 

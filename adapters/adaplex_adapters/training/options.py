@@ -7,6 +7,7 @@ TRL, Transformers and PEFT know it by. Checked when built; owns nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,13 @@ class TrainOptions:
         None, COURSE, "Highest learning rate; if not given, it follows from method and width.", "lr", within=(1e-9, 10)
     )
     learning_rate_multiplier: float = _option(1.0, COURSE, "Multiplies the learning rate.", within=(1e-6, 1e6))
-    epochs: float = _option(3.0, COURSE, "Passes over the data.", "num_train_epochs n_epochs", within=(0.001, 10_000))
+    epochs: float | None = _option(
+        None,
+        COURSE,
+        "Passes over the data; if not given, 3, or as many as max_steps needs.",
+        "num_train_epochs n_epochs",
+        within=(0.001, 10_000),
+    )
     max_steps: int | None = _option(None, COURSE, "Updates at most.", within=(1, 10**9))
     batch_size: int = _option(
         8, COURSE, "Rows a forward pass.", "per_device_train_batch_size train_batch_size", within=(1, 4096)
@@ -242,6 +249,11 @@ class TrainOptions:
     def lora_alpha(self) -> float:
         """alpha with its default applied."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def epoch_limit(self) -> float:
+        """epochs with its default applied; infinite where max_steps alone ends the run."""
+        return self.epochs or (3.0 if self.max_steps is None else math.inf)
 
     def rate(self, hidden_size: int) -> float:
         """The highest learning rate on a base of this width."""

@@ -92,7 +92,7 @@ def make_plan(folder: Path, rows: Rows, options: TrainOptions, site: Site) -> Pl
     steps = count_steps(sequences, options)
     passes = steps * options.accumulation
     per_row = sum(lengths) / max(1, sequences) + virtual
-    tokens = int(min(passes * options.batch_size, sequences * options.epochs) * per_row)
+    tokens = int(min(passes * options.batch_size, sequences * options.epoch_limit) * per_row)
     widest = (options.max_length if options.packing else lengths[0]) + virtual
     parts = (
         *_held(outline, form, options, site.device),

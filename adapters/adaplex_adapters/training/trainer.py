@@ -279,8 +279,8 @@ class Run:
 
 def count_steps(examples: int, options: TrainOptions) -> int:
     """Updates in a run: whole epochs of batches, accumulated, but at most `max_steps` and at least one."""
-    planned = batches_per_epoch(examples, options.batch_size) * options.epochs / options.accumulation
-    return max(1, min(math.ceil(planned), options.max_steps or math.ceil(planned)))
+    planned = batches_per_epoch(examples, options.batch_size) * options.epoch_limit / options.accumulation
+    return max(1, math.ceil(min(planned, options.max_steps or math.inf)))
 
 
 def run_digest(rows: Rows, base: FrozenBase, options: TrainOptions) -> str:
