@@ -133,3 +133,113 @@ def test_unreadable_folders(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(StartupError, match="not an object"):
         read_config(tmp_path)
+
+
+HUB: dict[str, dict[str, Any]] = {
+    "gemma-3-1b": {
+        "model_type": "gemma3_text",
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 7,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "vocab_size": 262144,
+    },
+    "polyglot-ko-12.8b": {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "hidden_size": 5120,
+        "intermediate_size": 20480,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 40,
+        "num_hidden_layers": 40,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.5,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "vocab_size": 30080,
+    },
+    "falcon-7b": {
+        "model_type": "falcon",
+        "alibi": False,
+        "bias": False,
+        "hidden_size": 4544,
+        "multi_query": True,
+        "new_decoder_architecture": False,
+        "num_attention_heads": 71,
+        "num_hidden_layers": 32,
+        "parallel_attn": True,
+        "vocab_size": 65024,
+    },
+    "falcon-40b": {
+        "model_type": "falcon",
+        "alibi": False,
+        "bias": False,
+        "hidden_size": 8192,
+        "new_decoder_architecture": True,
+        "num_attention_heads": 128,
+        "num_hidden_layers": 60,
+        "num_kv_heads": 8,
+        "parallel_attn": True,
+        "vocab_size": 65024,
+    },
+    "bloom-560m": {
+        "model_type": "bloom",
+        "hidden_size": 1024,
+        "n_layer": 24,
+        "num_attention_heads": 16,
+        "seq_length": 2048,
+        "vocab_size": 250880,
+    },
+    "phi-3-mini-128k": {
+        "model_type": "phi3",
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"long_factor": [1.5] * 48, "short_factor": [1.0] * 48, "type": "su"},
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "vocab_size": 32064,
+    },
+}
+
+
+def hub(name: str) -> ModelConfig:
+    return parse_config(HUB[name], {}, name)
+
+
+def test_gemma_3_as_it_was_written_before_transformers_5() -> None:
+    config = hub("gemma-3-1b")
+    assert config.windows == (512,) * 5 + (None, 512)
+    assert config.local_rope is not None and (config.rope.theta, config.local_rope.theta) == (1e6, 1e4)
+    assert (config.attention_scale, config.embedding_scale) == (256**-0.5, 1152**0.5)
+    assert (config.tied_head, config.attention_softcap, config.logit_softcap) == (True, None, None)
+
+
+def test_configs_of_other_families_as_the_hub_has_them() -> None:
+    polyglot = hub("polyglot-ko-12.8b")
+    assert (polyglot.rope.dim, polyglot.parallel_residual, polyglot.tied_head) == (64, True, False)
+    assert polyglot.biased_linears == {"qkv", "o", "up", "down"}
+    small, large = hub("falcon-7b"), hub("falcon-40b")
+    assert (small.family, small.num_kv_heads, small.intermediate_size) == ("falcon-multi-query", 1, 4 * 4544)
+    assert (large.family, large.num_kv_heads, large.rope.dim) == ("falcon-groups", 8, 64)
+    bloom = hub("bloom-560m")
+    assert (bloom.num_layers, bloom.num_heads, bloom.max_context, bloom.alibi_scale) == (24, 16, 2048, 1.0)
+    phi = hub("phi-3-mini-128k")
+    assert (phi.rope.kind, phi.rope.original_context, phi.rope.factor) == ("longrope", 4096, 32.0)
+    assert phi.rope.attention_factor == pytest.approx(1.190238, abs=1e-6)
