@@ -20,13 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adaplex_adapters.errors import (
-    AdaplexError,
-    DeadlineExceeded,
-    Overloaded,
-    RowFailed,
-    Unavailable,
-)
+from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, Overloaded, RowFailed, Unavailable
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
 from adaplex_server.engine.admission import refusal
 from adaplex_server.engine.events import Events
