@@ -25,8 +25,8 @@ def test_on_llama(name: str, save_kind: Any, tiny_llama: Any, full_shape: Any) -
     torch.testing.assert_close(logits(tiny_llama(), adapter, IDS), expected, atol=5e-6, rtol=1e-5)
 
 
-FAMILIES = ["gpt_neox", "gpt2", "opt", "bloom", "gemma2", "gemma3", "phi3", "falcon-alibi", "qwen2"]
-FAMILY_KINDS = ["dora", "ia3", "prompt_tuning", "prefix_tuning", "lora embedding", "lora head"]
+FAMILIES = ["gpt_neox", "gpt2", "opt", "bloom", "gemma2", "gemma3", "phi3", "falcon-alibi", "qwen2", "llama-biases-tied"]
+FAMILY_KINDS = ["dora", "ia3", "prompt_tuning", "prefix_tuning", "lora embedding", "lora head", "lora saved"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,3 +60,12 @@ def test_positions_while_generating(name: str, family: str, save_kind: Any, full
     )
     chosen = logits(make(), adapter, expected[:, :-1]).argmax(-1)
     assert torch.equal(chosen[:, IDS.shape[1] - 1 :], expected[:, IDS.shape[1] :])
+
+
+def test_the_copy_of_the_base_that_peft_saves(save_kind: Any, tiny_llama: Any, full_shape: Any) -> None:
+    """Beside a LoRA of the embedding or the head; it must be told from what was trained, and come back."""
+    for name, path in (("lora embedding", "model.embed_tokens"), ("lora head", "lm_head")):
+        adapter = read_adapter(save_kind(name)[0], full_shape(tiny_llama()))
+        assert adapter.base_copies.keys() == {path} and not adapter.replaced
+        assert torch.equal(adapter.base_copies[path], dict(tiny_llama().named_modules())[path].weight)
+        assert adapter.spec.parameters == sum(m.a.numel() + m.b.numel() for m in adapter.modules.values())
