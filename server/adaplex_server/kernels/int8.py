@@ -45,6 +45,12 @@ class Int8Weight:
     def in_features(self) -> int:
         return self.codes.shape[1]
 
+    @property
+    def suits_cpu_kernel(self) -> bool:
+        """One scale a row and nothing else, in a shape that torch's kernel does not read beyond."""
+        plain = self.scales.shape[1] == 1 and self.zeros is None and self.order is None
+        return plain and self.in_features % 64 == 0 and self.out_features % 16 == 0
+
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.order) if t is not None)
@@ -112,11 +118,17 @@ def _by_column(values: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x: [M, K] in the checkpoint's order. Returns [M, N] in x's dtype: the weight is rounded to x's dtype.
 
-    On CUDA `kernels.gpu.linear8` multiplies 16-bit types without an expanded copy of the weight.
+    Without an expanded copy of the weight on CUDA for 16-bit types (`kernels.gpu.linear8`), and on CPUs for bfloat16
+    where rows have one scale and no zero (torch's own kernel, whose rows depend on nothing else).
     """
     if x.is_cuda and x.dtype != torch.float32:
         from adaplex_server.kernels.gpu.linear8 import linear8
 
         ordered = x if weight.order is None else x.index_select(1, weight.order)
         return linear8(ordered, weight.codes, weight.scales, weight.zeros, weight.group, bias)
+    if x.dtype == torch.bfloat16 and not x.is_cuda and weight.suits_cpu_kernel:
+        # Its scales would be rounded to bfloat16, too: ones are not.
+        sums = torch._weight_int8pack_mm(x.contiguous(), weight.codes, x.new_ones(weight.out_features))
+        y = sums.float().mul_(weight.scales.view(-1))
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
     return dense.linear(x, dequantize(weight, x.dtype), bias)

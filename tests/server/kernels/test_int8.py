@@ -55,12 +55,14 @@ def test_stacked_equals_its_parts() -> None:
     assert torch.equal(int8.dequantize(fused), torch.cat([int8.dequantize(part) for part in parts]))
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rows", "columns"), [(40, 96), (33, 101), (128, 576)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product_and_that_rows_keep_their_bits(dtype: torch.dtype) -> None:
-    weight = int8.quantize_zeropoint(_weight(40, 96))
-    x = torch.randn(19, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
-    bias = torch.randn(40, generator=torch.Generator().manual_seed(2)).to(dtype)
+def test_product_and_that_rows_keep_their_bits(rule: str, rows: int, columns: int, dtype: torch.dtype) -> None:
+    weight = RULES[rule](_weight(rows, columns))
+    x = torch.randn(70, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(2)).to(dtype)
     found, expected = int8.linear(x, weight, bias), x.float() @ int8.dequantize(weight).T + bias.float()
     assert (found.float() - expected).norm() <= (1e-6 if dtype == torch.float32 else 0.006) * expected.norm()
-    for rows in (1, 2, 3, 8):
-        assert torch.equal(int8.linear(x[4 : 4 + rows], weight, bias), found[4 : 4 + rows])
+    for count in (1, 2, 3, 8, 17, 64):
+        assert torch.equal(int8.linear(x[4 : 4 + count], weight, bias), found[4 : 4 + count]), count
