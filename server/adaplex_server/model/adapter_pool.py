@@ -162,7 +162,8 @@ def write_slot(
         column += count
     pool.slot_pages[slot, : len(pages)] = table
     pool.slot_pages[slot, len(pages) :] = 0
-    pool.slot_page_count[slot] = len(pages)
+    # Not an assignment: to a single number that is a copy from the host, for which it would wait.
+    pool.slot_page_count[slot].fill_(len(pages))
     # A new object each time, by which a plan made for the slot's former content is known to be stale.
     pool.host_pages[slot] = (*pages,)
 
@@ -172,7 +173,7 @@ def clear_slot(pool: AdapterPool, slot: int) -> None:
     """No pages and no scaling in the slot. The pages' content stays until they are written again; nothing reads it."""
     pool.host_pages.pop(slot, None)
     pool.soft.pop(slot, None)
-    pool.slot_page_count[slot] = 0
+    pool.slot_page_count[slot].fill_(0)
     pool.slot_pages[slot] = 0
     for linear in pool.linears.values():
         linear.scaling[:, slot] = 0
