@@ -25,7 +25,19 @@ def test_on_llama(name: str, save_kind: Any, tiny_llama: Any, full_shape: Any) -
     torch.testing.assert_close(logits(tiny_llama(), adapter, IDS), expected, atol=5e-6, rtol=1e-5)
 
 
-FAMILIES = ["gpt_neox", "gpt2", "opt", "bloom", "gemma2", "gemma3", "phi3", "falcon-alibi", "qwen2", "llama-biases-tied"]
+FAMILIES = [
+    "gpt_neox",
+    "gpt2",
+    "opt",
+    "bloom",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "falcon-alibi",
+    "qwen2",
+    "llama-biases-tied",
+]
+FAMILIES += ["llama-biases-tied"]
 FAMILY_KINDS = ["dora", "ia3", "prompt_tuning", "prefix_tuning", "lora embedding", "lora head", "lora saved"]
 
 
