@@ -1,101 +1,100 @@
+"""`serve-train` from a file to a folder, on a base that trains in a second."""
+
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from adaplex_adapters.catalogue import Catalogue, peek
-from adaplex_adapters.errors import InvalidRequest, StartupError, Unavailable
-from adaplex_adapters.store import AdapterStore
-from adaplex_server.cli import train
+from adaplex_adapters.errors import AdaplexError, InvalidRequest
+from adaplex_adapters.training.events import read_events
+from adaplex_server.cli.train import train_command
+from adaplex_server.cli.train_options import TrainCommand
+from support.quiet_progress import Quiet
 from support.tiny_base import make_base, make_tokenizer
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("bases") / "tiny", make_tokenizer())
+    return make_base(tmp_path_factory.mktemp("cli") / "tiny", make_tokenizer())
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i} ", "completion": str(i)}) + "\n" for i in range(12)))
-    return path
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command in a folder of its own, where no server answers; returns typer's result, errors raised."""
-    monkeypatch.setenv("ADAPLEX_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.delenv("ADAPLEX_SERVER", raising=False)
+@pytest.fixture(autouse=True)
+def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "DEFAULT_SERVER", "http://127.0.0.1:9")
+    torch.set_num_threads(1)
+    rows = [{"prompt": f"{i} is", "completion": f" {2 * i}"} for i in range(24)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(base: Path, *arguments: str) -> str:
     application = typer.Typer()
-    application.command()(train.train_command)
-
-    def run(*arguments: object) -> Any:
-        result = CliRunner().invoke(application, [str(a) for a in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return run
+    application.command(cls=TrainCommand)(train_command)
+    fixed = ["rows.jsonl", "--name", "sums", "--base", str(base), "--no-register", "--batch-size", "8", "--rank", "2"]
+    result = CliRunner().invoke(application, [*fixed, *arguments], catch_exceptions=True)
+    if isinstance(result.exception, AdaplexError):
+        raise result.exception
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
 
 
-def test_a_trained_adapter_is_registered_in_the_data_folder(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
-    result = run(data, "--name", "count", "--base", base, "--max-steps", 2, "--rank", 4)
-    assert result.exit_code == 0, result.output
-    assert "held out before" in result.output and "registered count" in result.output
-    (entry,) = peek(tmp_path / "data" / "tiny" / "catalogue.sqlite3")
-    assert (entry.name, entry.source, entry.spec.rank) == ("count", "trainer", 4)
-    assert AdapterStore(tmp_path / "data" / "tiny" / "adapters").contains(entry.spec.revision)
-    assert (tmp_path / "count" / "adapter_config.json").is_file()
+def test_a_file_becomes_an_adapter_with_its_log_and_report(base: Path) -> None:
+    shown = run(base, "--max_steps", "2", "--report_to=tensorboard", "--metrics", "exact_match", "--metric-rows", "1")
+    assert "held out after" in shown and "peak bytes" in shown
+    folder = Path("sums")
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "report.html"} <= set(os.listdir(folder))
+    kinds = [event["type"] for event in read_events(Path("sums.run"))]
+    assert kinds[0] == "plan" and kinds[-1] == "succeeded" and kinds.count("step") == 2
+    assert any(Path("sums.run/tensorboard").iterdir())
 
 
-def test_with_a_server_on_the_data_folder_the_adapter_is_kept_and_the_way_told(
-    run: Any, base: Path, data: Path, tmp_path: Path
-) -> None:
-    held = Catalogue(tmp_path / "data" / "tiny" / "catalogue.sqlite3")
-    try:
-        with pytest.raises(StartupError, match="adaplex adapters add"):
-            run(data, "--name", "count", "--base", base, "--max-steps", 1)
-    finally:
-        held.close()
-    assert (tmp_path / "count" / "adapter_model.safetensors").is_file()
+def test_the_plan_loads_nothing_and_refuses_what_cannot_fit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("adaplex_adapters.training.carry_out.load_frozen_base", never)
+    shown = run(base, "--plan")
+    for said in ("weights to train", "base", "gradients", "optimizer", "activations", "together", "free", "about"):
+        assert said in shown, said
+    with pytest.raises(InvalidRequest, match="GiB are free"):
+        run(base, "--memory", "1")
+    assert not Path("sums").exists()
 
 
-def test_a_named_server_must_answer(run: Any, base: Path, data: Path) -> None:
-    with pytest.raises(Unavailable, match="no server answers"):
-        run(data, "--name", "count", "--base", base, "--max-steps", 1, "--server", "http://127.0.0.1:9")
+def test_a_paused_run_goes_on(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StopsItself(Quiet):
+        def __init__(self, *_: Any) -> None:
+            super().__init__()
+
+        def step(self, report: Any) -> None:
+            super().step(report)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adaplex_adapters.training.progress.LineProgress", StopsItself)
+        run(base, "--max-steps", "3")
+    assert not Path("sums").exists()
+    run(base, "--max-steps", "3", "--resume")
+    steps = [event["step"] for event in read_events(Path("sums.run")) if event["type"] == "step"]
+    assert steps == [1, 2, 3] and Path("sums/adapter_config.json").is_file()
 
 
-def test_into_the_folder_of_a_server(run: Any, base: Path, data: Path, tmp_path: Path) -> None:
-    run(data, "--name", "count", "--base", base, "--max-steps", 1, "--adapters", tmp_path / "served")
-    assert (tmp_path / "served" / "count" / "adapter_config.json").is_file()
-    assert not (tmp_path / "data").exists()
+def test_a_sweep_takes_the_best(base: Path) -> None:
+    shown = run(
+        base, "--max-steps", "2", "--sweep", "rank=2,4", "--sweep", "learning_rate=1e-5,1e-2", "--held-out", "0.3"
+    )
+    assert "rank=4-learning_rate=1e-2" in shown and "best: rank=" in shown and "learning_rate=1e-2, copied" in shown
+    assert len(list(Path("sums.run/variants").iterdir())) == 4 and Path("sums/adapter_config.json").is_file()
 
 
-def test_bad_input_is_refused_before_anything_is_loaded(run: Any, data: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "x", "completion": "y"}\n{"prompt": 1}\n')
-    nowhere = ("--base", tmp_path / "no-base")
-    for arguments, said in (
-        ((bad, "--name", "x", *nowhere), "line 2"),
-        ((data, "--name", "../x", *nowhere), "name"),
-        ((data, "--name", "x", "--rank", 0, *nowhere), "rank must be"),
-        ((data, "--name", "x", "--out", "a", "--adapters", "b", *nowhere), "not both"),
-    ):
-        with pytest.raises(InvalidRequest, match=said):
-            run(*arguments)
-    with pytest.raises(StartupError, match="no-base"):
-        run(data, "--name", "x", *nowhere)
-
-
-def test_the_help_names_every_option_of_the_trainer(run: Any) -> None:
-    shown = run("--help").output
-    for option in ("--rank", "--alpha", "--lr", "--epochs", "--max-steps", "--batch-size", "--accumulation", "--seed"):
-        assert option in shown
+def test_bad_rows_are_told_before_anything_is_loaded(base: Path) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(InvalidRequest, match="line 1"):
+        run(base / "not-there")

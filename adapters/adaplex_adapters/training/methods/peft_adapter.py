@@ -143,7 +143,7 @@ def _lora_fields(config: Any) -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "target_modules": sorted(config.target_modules),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": bool(config.fan_in_fan_out),
     }
     return fields | ({"use_dora": True} if config.use_dora else {})
 
@@ -152,7 +152,7 @@ def _ia3_fields(config: Any) -> dict[str, Any]:
     return {
         "target_modules": sorted(config.target_modules),
         "feedforward_modules": sorted(config.feedforward_modules or ()),
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": bool(config.fan_in_fan_out),
     }
 
 
