@@ -95,7 +95,7 @@ class Executor:
         if step.best is not None and self._sampler.wants_best(work):
             chosen = Chosen(len(work), tuple(range(len(work))), step.best, step.best)
         else:
-            chosen = self._sampler(step.logits, work)
+            chosen = self._sampler(step.logits, work, step.best)
             self._keep(chosen)
         self._places = {work[place].row: place for place in chosen.places}
         chosen = chosen.download()

@@ -16,7 +16,7 @@ import torch
 from adaplex_server.engine.adjustments import adjust, is_adjusted
 from adaplex_server.engine.choice import choose_randomly
 from adaplex_server.engine.chosen import Chosen, Logprobs, Scores
-from adaplex_server.engine.row import Work
+from adaplex_server.engine.row import Row, Work
 from adaplex_server.model.upload import upload
 
 _SCORE_SLICE = 64
@@ -33,8 +33,10 @@ class Sampler:
         """Each work has one row of logits and wants its likeliest token, and nothing else."""
         return all(_wants_best(w, self._eos) for w in work)
 
-    def __call__(self, logits: torch.Tensor, work: Sequence[Work]) -> Chosen:
-        """logits: [L, V] float32, of each work its last `logits` tokens, in the works' order."""
+    def __call__(self, logits: torch.Tensor, work: Sequence[Work], best: torch.Tensor | None = None) -> Chosen:
+        """logits: [L, V] float32, of each work its last `logits` tokens, in the works' order. best: [L] int64, the
+        likeliest tokens, or -1 where a logit is not finite, if the caller knows them.
+        """
         starts, at = [], 0
         for w in work:
             starts.append(at)
@@ -47,22 +49,32 @@ class Sampler:
             none = torch.empty(0, dtype=torch.int64, device=logits.device)
             return Chosen(len(work), (), none, none, scores=scores)
         rows = [work[i].row for i in places]
-        mine = _rows(logits, [starts[i] + work[i].logits - 1 for i in places])
+        last = [starts[i] + work[i].logits - 1 for i in places]
+        mine = _rows(logits, last)
+        likeliest = None if best is None else _rows(best, last)
         # A sum along the row is finite exactly when every logit is: cheaper than a mask of the whole matrix.
-        finite = torch.isfinite(mine.sum(-1))
-        adjusted = adjust(mine, rows, self._eos)
-        tokens = adjusted.argmax(-1)
-        random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-        if random:
-            picked = choose_randomly(_rows(adjusted, random), [rows[i] for i in random])
-            index = upload(random, torch.int64, logits.device)
-            tokens = tokens.index_copy(0, index, picked)
+        finite = torch.isfinite(mine.sum(-1)) if likeliest is None else likeliest >= 0
+        tokens = self._choose(mine, rows, likeliest)
         told = tuple((i, r.sampling.logprobs) for i, r in enumerate(rows) if r.sampling.logprobs is not None)
         logprobs = None
         if told:
             index_of = [i for i, _ in told]
             logprobs = token_logprobs(_rows(mine, index_of), _rows(tokens, index_of), max(top for _, top in told))
         return Chosen(len(work), places, tokens, torch.where(finite, tokens, -1), told, logprobs, scores)
+
+    def _choose(self, logits: torch.Tensor, rows: Sequence[Row], likeliest: torch.Tensor | None) -> torch.Tensor:
+        """A token of each row of logits [R, V]; of a row that is not finite any. likeliest: as `best`, [R]."""
+        adjusted = adjust(logits, rows, self._eos)
+        random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+        picked = choose_randomly(_rows(adjusted, random), [rows[i] for i in random]) if random else None
+        if picked is not None and len(random) == len(rows):
+            return picked
+        if likeliest is None or adjusted is not logits:
+            likeliest = adjusted.argmax(-1)
+        tokens = likeliest.clamp(min=0)
+        if picked is None:
+            return tokens
+        return tokens.index_copy(0, upload(random, torch.int64, logits.device), picked)
 
 
 def _wants_best(work: Work, eos: frozenset[int]) -> bool:

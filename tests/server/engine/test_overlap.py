@@ -125,11 +125,11 @@ class Forgetful(Sampler):
 
     failing = 0
 
-    def __call__(self, logits: torch.Tensor, work: Sequence[Work]) -> Chosen:
+    def __call__(self, logits: torch.Tensor, work: Sequence[Work], best: torch.Tensor | None = None) -> Chosen:
         if self.failing:
             self.failing -= 1
             raise torch.OutOfMemoryError("pretended")
-        return super().__call__(logits, work)
+        return super().__call__(logits, work, best)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
