@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adaplex_adapters.durable import disk_errors, sync
 from adaplex_adapters.errors import Conflict
-from adaplex_adapters.peft_config import CONFIG_FILE
+from adaplex_adapters.peft_fields import CONFIG_FILE
 from adaplex_adapters.training.methods.adapter import AdapterFiles
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from adaplex_adapters.reader import read_unfitted
 from adaplex_adapters.training.conversations import Completion
 from adaplex_adapters.training.frozen_base import load_frozen_base
 from adaplex_adapters.training.options import TrainOptions
@@ -28,6 +29,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4}, {"targets": ("c_attn",)}),
     "gemma2": ({**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}, {}),
     "qwen2": ({**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}, {"method": "ia3"}),
+    "qwen3": ({**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}, {"method": "bottleneck"}),
     "mistral": ({**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}, {"method": "bottleneck"}),
 }
 
@@ -58,6 +60,7 @@ def test_a_family_is_trained_and_measured_as_peft_measures_it(family: str, token
     assert result.held_out_before is not None and result.held_out_after is not None
     assert result.held_out_after < result.held_out_before
     if options.method == "bottleneck":
+        assert len(read_unfitted(tmp_path / "out").bottlenecks) == 2
         return
     model = PeftModel.from_pretrained(base.model, str(tmp_path / "out")).eval()
     batch = pad_batch(prepare_rows(ROWS, base.tokenizer, options).held_out, 2)

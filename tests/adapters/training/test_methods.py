@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adaplex_adapters.errors import InvalidRequest
+from adaplex_adapters.reader import read_adapter
 from adaplex_adapters.training.answer_loss import base_loss, causal_loss
 from adaplex_adapters.training.batches import Batch, pad_batch
 from adaplex_adapters.training.conversations import Completion
@@ -81,7 +82,16 @@ def test_peft_measures_the_saved_adapter_as_the_trainer_did(name: str, base: Fro
         logits = model(input_ids=batch.ids, use_cache=False).logits[:, -batch.ids.shape[1] : -1]
     loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.labels[:, 1:].flatten())
     PeftAdapter(model).detach()
+    assert read_adapter(tmp_path / "out", served_shape(base)).spec.base_model == "tiny"
     assert float(loss) == pytest.approx(result.held_out_after, rel=1e-2)
+
+
+def served_shape(base: FrozenBase) -> Any:
+    from adaplex_server.model.config import read_config
+    from adaplex_server.model.families import base_shape
+
+    assert base.folder is not None
+    return base_shape(read_config(base.folder, "tiny"))
 
 
 @pytest.mark.parametrize("name", BOTTLENECKS)
@@ -98,6 +108,9 @@ def test_a_bottleneck_does_what_its_files_say(name: str, base: FrozenBase, tmp_p
     tensors = {k: v.float() for k, v in load_file(tmp_path / "out" / "adapter.safetensors").items()}
     places = ("attention_adapters", "output_adapters") if name == "houlsby" else ("output_adapters",)
     assert len(tensors) == 2 * 4 * len(places)
+    read = read_adapter(tmp_path / "out", served_shape(base))
+    assert {found.reads for found in read.bottlenecks.values()} == {"block" if name == "houlsby" else "sum"}
+    assert len(read.bottlenecks) == 2 * len(places)
 
     def apply(layer: int, place: str, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         prefix = f"model.layers.{layer}.{place}.adapters.adapter."

@@ -2,7 +2,8 @@
 
     Houlsby et al. 2019 (its double_seq_bn): after attention and after the MLP, h + U f(D h), f = swish.
     Pfeiffer et al. 2020 (its seq_bn): after the MLP alone, h + U f(D (h + residual)), f = relu, where residual is what
-    the decoder layer will add to h.
+    the decoder layer will add to h. On families that the library only hooks into it cannot read the residual: there
+    it is h + U f(D h).
 
 h is the block's output before the residual is added. The files are those of the library: its config, and tensors
 named model.layers.N.{attention,output}_adapters.adapters.NAME.{adapter_down.0,adapter_up}.{weight,bias}.
@@ -18,14 +19,15 @@ import torch
 import torch.nn.functional as F
 
 from adaplex_adapters.errors import InvalidRequest
-from adaplex_adapters.peft_config import CONFIG_FILE
+from adaplex_adapters.folder import LIBRARY_FILE
+from adaplex_adapters.peft_fields import CONFIG_FILE
 from adaplex_adapters.training.methods.adapter import AdapterFiles, ModelInputs
 from adaplex_adapters.training.options import TrainOptions
 
-TENSOR_FILE = "adapter.safetensors"
 NAME = "adapter"
 ATTENTION, OUTPUT = "attention_adapters", "output_adapters"
 _STD = 0.02
+_READS_RESIDUAL = ("llama", "mistral")
 
 
 class Bottleneck(torch.nn.Module):
@@ -58,6 +60,7 @@ class BottleneckAdapter:
         inner = max(1, int(width // options.reduction_factor))
         self._causal, self._options, self._enabled = causal, options, True
         self._activation = "swish" if houlsby else "relu"
+        self._reads_residual = not houlsby and causal.config.model_type in _READS_RESIDUAL
         self.bottlenecks = torch.nn.ModuleDict(
             {
                 f"{place}-{i}": Bottleneck(width, inner, self._activation, options.dropout, device)
@@ -104,7 +107,7 @@ class BottleneckAdapter:
             for key, _, rest in [name.partition(".")]
             for place, i in [key.split("-")]
         }
-        return AdapterFiles(tensors, self._config(base_name), TENSOR_FILE, CONFIG_FILE)
+        return AdapterFiles(tensors, self._config(base_name), LIBRARY_FILE, CONFIG_FILE)
 
     def detach(self) -> None:
         for hook in self._hooks:
@@ -114,6 +117,7 @@ class BottleneckAdapter:
     def _hook(self, index: int, layer: Any, houlsby: bool) -> Iterator[Any]:
         if houlsby:
             yield layer.self_attn.register_forward_hook(self._after(f"{ATTENTION}-{index}", None))
+        if not self._reads_residual:
             yield layer.mlp.register_forward_hook(self._after(f"{OUTPUT}-{index}", None))
             return
 
@@ -142,7 +146,7 @@ class BottleneckAdapter:
             "output_adapter": True,
             "reduction_factor": self._options.reduction_factor,
             "non_linearity": self._activation,
-            "original_ln_before": not houlsby,
+            "original_ln_before": self._reads_residual,
             "original_ln_after": True,
             "ln_before": False,
             "ln_after": False,

@@ -10,7 +10,7 @@ import torch
 
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_adapters.folder import TENSOR_FILE
-from adaplex_adapters.peft_config import CONFIG_FILE
+from adaplex_adapters.peft_fields import CONFIG_FILE
 from adaplex_adapters.training.methods.adapter import AdapterFiles, ModelInputs
 from adaplex_adapters.training.options import ALL_LINEAR, TrainOptions
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from adaplex_adapters.folder import TENSOR_FILE
-from adaplex_adapters.peft_config import CONFIG_FILE
+from adaplex_adapters.peft_fields import CONFIG_FILE
 from adaplex_adapters.training.methods.adapter import AdapterFiles, ModelInputs
 from adaplex_adapters.training.methods.peft_adapter import config_fields
 from adaplex_adapters.training.options import P_TUNING, PREFIX, PROMPT, TrainOptions
