@@ -1,8 +1,9 @@
-"""NF4 linears on CPUs with AVX512-BF16, through the C library that bitsandbytes ships (no import of bitsandbytes
-itself).
+"""NF4 and FP4 linears on CPUs with AVX512-BF16, through the C library that bitsandbytes ships (no import of
+bitsandbytes itself).
 
-    out[m, n] = sum_k x[m, k] * NF4[code[n, k]] * absmax[n, k / 64], absmax rounded to bfloat16, sums in float32, out
-    in bfloat16
+    out[m, n] = sum_k x[m, k] * CODE[code[n, k]] * absmax[n, k / block]
+
+with absmax rounded to bfloat16, sums in float32, and out in bfloat16.
 
 The library wants its own order of codes: for 32 out-features at a time, the 32 bytes of two in-features each; in
 these bytes feature i's pair of codes are split between halves. A row of `out` depends on its row of x alone,
@@ -32,18 +33,19 @@ Multiply = Callable[[int, int, int, int, int, int, int, int, int, int], None]
 
 @dataclass(frozen=True)
 class PackedNf4:
-    """codes: [N / 32, K / 2, 32] uint8 in the library's order. absmax: [K / 64, N] bfloat16. N % 32 == 0, K % 64 ==
-    0.
+    """codes: [N / 32, K / 2, 32] uint8 in the library's order. absmax: [K / block, N] bfloat16. N % 32 == 0, K % block
+    == 0. kind, block: as in Nf4Weight.
     """
 
     codes: torch.Tensor
     absmax: torch.Tensor
+    kind: nf4.Kind = "nf4"
+    block: int = nf4.BLOCK
 
 
 def fits(weight: nf4.Nf4Weight) -> bool:
     """Whether the library can multiply this weight."""
-    served = weight.kind == "nf4" and weight.block == nf4.BLOCK
-    return served and weight.row_aligned and weight.out_features % ROWS == 0 and weight.codes.device.type == "cpu"
+    return weight.row_aligned and weight.out_features % ROWS == 0 and weight.codes.device.type == "cpu"
 
 
 def pack(weight: nf4.Nf4Weight) -> PackedNf4:
@@ -52,8 +54,8 @@ def pack(weight: nf4.Nf4Weight) -> PackedNf4:
     # [group, k pair, feature * 2]: 64 codes, of which byte i holds number i below and number 32 + i above.
     paired = weight.codes.view(rows // ROWS, ROWS, columns // 2).transpose(1, 2)
     split = torch.stack([paired >> 4, paired & 15], dim=-1).view(rows // ROWS, columns // 2, 2, ROWS)
-    absmax = weight.plain_absmax().view(rows, columns // nf4.BLOCK).T.to(torch.bfloat16).contiguous()
-    return PackedNf4(split[:, :, 0] | (split[:, :, 1] << 4), absmax)
+    absmax = weight.plain_absmax().view(rows, columns // weight.block).T.to(torch.bfloat16).contiguous()
+    return PackedNf4(split[:, :, 0] | (split[:, :, 1] << 4), absmax, weight.kind, weight.block)
 
 
 def unpack(packed: PackedNf4, absmax: torch.Tensor | nf4.NestedAbsmax) -> nf4.Nf4Weight:
@@ -61,7 +63,7 @@ def unpack(packed: PackedNf4, absmax: torch.Tensor | nf4.NestedAbsmax) -> nf4.Nf
     groups, pairs, _ = packed.codes.shape
     split = torch.stack([packed.codes & 15, packed.codes >> 4], dim=2).view(groups, pairs, ROWS, 2)
     codes = ((split[..., 0] << 4) | split[..., 1]).transpose(1, 2).reshape(-1)
-    return nf4.Nf4Weight(groups * ROWS, pairs * 2, codes, absmax)
+    return nf4.Nf4Weight(groups * ROWS, pairs * 2, codes, absmax, packed.kind, packed.block)
 
 
 def matmul(x: torch.Tensor, packed: PackedNf4, multiply: Multiply) -> torch.Tensor:
@@ -77,7 +79,7 @@ def matmul(x: torch.Tensor, packed: PackedNf4, multiply: Multiply) -> torch.Tens
         packed.codes.data_ptr(),
         packed.absmax.data_ptr(),
         out.data_ptr(),
-        nf4.BLOCK,
+        packed.block,
         x.stride(0),
         width,
     )
@@ -85,39 +87,46 @@ def matmul(x: torch.Tensor, packed: PackedNf4, multiply: Multiply) -> torch.Tens
 
 
 @cache
-def library() -> Multiply | None:
-    """The library's multiplication, or None (with a line in the log) where there is none that computes what it
-    should.
+def library(kind: nf4.Kind = "nf4", block: int = nf4.BLOCK) -> Multiply | None:
+    """The library's multiplication for weights of this kind and block, or None (with a line in the log) where there is
+    none that computes what it should.
     """
-    multiply = _open()
+    multiply = _open(kind)
     if multiply is None:
         return None
     random = torch.Generator().manual_seed(0)
-    weight = nf4.quantize(torch.randn(2 * ROWS, 3 * nf4.BLOCK, generator=random), double_quant=False)
-    x = torch.randn(5, 3 * nf4.BLOCK, generator=random).bfloat16()
+    columns = 3 * max(block, 2 * ROWS)
+    dense = torch.randn(2 * ROWS, columns, generator=random)
+    weight = nf4.quantize(dense, double_quant=False, kind=kind, block=block)
+    x = torch.randn(5, columns, generator=random).bfloat16()
     expected = x.float() @ nf4.dequantize(weight).T
     found = matmul(x, pack(weight), multiply).float()
     if not torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
-        _log.warning("bitsandbytes' CPU library multiplies in another way than expected; NF4 on this CPU will be slow")
+        _log.warning(
+            "bitsandbytes' CPU library multiplies %s in blocks of %d in another way than expected; on this CPU it will "
+            "be slow",
+            kind.upper(),
+            block,
+        )
         return None
     return multiply
 
 
-def _open() -> Multiply | None:
+def _open(kind: nf4.Kind) -> Multiply | None:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     package = importlib.util.find_spec("bitsandbytes")
     if package is None or package.origin is None:
-        _log.warning("bitsandbytes is not installed; NF4 on this CPU will be slow (pip install 'adaplex[cpu]')")
+        _log.warning("bitsandbytes is not installed; 4-bit on this CPU will be slow (pip install 'adaplex[cpu]')")
         return None
     path = os.fspath(Path(package.origin).with_name("libbitsandbytes_cpu.so"))
     try:
         opened = ctypes.CDLL(path)
         if not opened.has_avx512bf16_cpu():
             return None
-        multiply = opened.gemv_4bit_inference_cpu_nf4_bf16
+        multiply = getattr(opened, f"gemv_4bit_inference_cpu_{kind}_bf16")
     except (OSError, AttributeError) as error:
-        _log.warning("bitsandbytes' CPU library cannot be used, NF4 on this CPU will be slow: %s", error)
+        _log.warning("bitsandbytes' CPU library cannot be used, 4-bit on this CPU will be slow: %s", error)
         return None
     multiply.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
     multiply.restype = None

@@ -9,11 +9,12 @@ import torch
 from adaplex_server.kernels import nf4, nf4_cpu
 
 SHAPES = [(960, 576), (576, 1536), (32, 64), (96, 192)]
+OTHERS: list[tuple[nf4.Kind, int]] = [("fp4", 64), ("nf4", 32), ("nf4", 128), ("fp4", 256), ("nf4", 1024)]
 
 
-def _weight(rows: int, columns: int) -> nf4.Nf4Weight:
+def _weight(rows: int, columns: int, kind: nf4.Kind = "nf4", block: int = nf4.BLOCK) -> nf4.Nf4Weight:
     dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.05
-    return nf4.quantize(dense, double_quant=True)
+    return nf4.quantize(dense, double_quant=True, kind=kind, block=block)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,21 @@ def test_a_row_does_not_depend_on_the_others(shape: tuple[int, int], multiply: n
         assert torch.equal(nf4_cpu.matmul(x[11 : 11 + rows], packed, multiply), whole[11 : 11 + rows]), rows
 
 
+@pytest.mark.parametrize(("kind", "block"), OTHERS)
+def test_fp4_and_other_blocks(kind: nf4.Kind, block: int, multiply: nf4_cpu.Multiply) -> None:
+    own = nf4_cpu.library(kind, block)
+    if own is None:
+        pytest.skip("this library does not multiply them")
+    weight = _weight(96, 2048, kind, block)
+    packed = nf4_cpu.pack(weight)
+    assert torch.equal(nf4_cpu.unpack(packed, weight.absmax).codes, weight.codes)
+    x = torch.randn(40, 2048, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found, expected = nf4_cpu.matmul(x, packed, own), x.float() @ nf4.dequantize(weight).T
+    assert (found.float() - expected).norm() <= 0.01 * expected.norm()
+    for rows in (1, 2, 7, 17):
+        assert torch.equal(nf4_cpu.matmul(x[11 : 11 + rows], packed, own), found[11 : 11 + rows]), rows
+
+
 def test_rows_may_be_strided(multiply: nf4_cpu.Multiply) -> None:
     packed = nf4_cpu.pack(_weight(96, 192))
     x = torch.randn(4, 500, generator=torch.Generator().manual_seed(3)).bfloat16()
@@ -62,7 +78,7 @@ def test_rows_may_be_strided(multiply: nf4_cpu.Multiply) -> None:
 
 
 def test_a_library_that_computes_something_else_is_turned_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4_cpu, "_open", lambda: lambda *arguments: None)
+    monkeypatch.setattr(nf4_cpu, "_open", lambda kind: lambda *arguments: None)
     nf4_cpu.library.cache_clear()
     try:
         assert nf4_cpu.library() is None

@@ -64,7 +64,7 @@ class PackedNf4Linear:
 
     @property
     def in_features(self) -> int:
-        return self.packed.absmax.shape[0] * nf4.BLOCK
+        return self.packed.absmax.shape[0] * self.packed.block
 
     @property
     def out_features(self) -> int:
@@ -119,7 +119,7 @@ def nf4_linear(weight: nf4.Nf4Weight, bias: torch.Tensor | None, dtype: torch.dt
     if weight.codes.is_cuda and weight.row_aligned and dtype != torch.float32:
         return _on_gpu(weight, bias, dtype)
     if dtype == torch.bfloat16 and nf4_cpu.fits(weight):
-        multiply = nf4_cpu.library()
+        multiply = nf4_cpu.library(weight.kind, weight.block)
         if multiply is not None:
             return PackedNf4Linear(nf4_cpu.pack(weight), weight.absmax, multiply, bias)
     # Expanded for each call: so that the absmax need not be, too, it is kept in float32.
