@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from adaplex_server.kernels import lora_cpu
 from adaplex_server.kernels.finish import Shrunk
 from adaplex_server.kernels.lora_tiles import LoraTiles, lora_tiles
+
+if TYPE_CHECKING:
+    from adaplex_server.kernels.gpu.prefill_lora import Expansion
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,32 @@ def plan_lora(
 def add_lora(y: torch.Tensor, x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> None:
     """y: [T, N] += the delta of each token's own adapter on x: [T, K], in place."""
     if y.is_cuda:
-        from adaplex_server.kernels.gpu import lora as gpu
+        from adaplex_server.kernels.gpu.prefill_lora import expand
 
-        stack, pages, tiles = plan.stacks[linear], plan.pages, plan.tiles
-        assert tiles is not None
-        gpu.add_lora(
-            y, x, stack.a[layer], stack.b[layer], stack.scaling[layer], pages.slot_pages, pages.slot_page_count,
-            stack.spans, tiles.order, tiles.tiles, tiles.tile_tokens, tiles.max_pages, pages.page_rows,
-        )  # fmt: skip
+        expand(y, expansion(x, plan, linear, layer))
         return
     for bound in plan.groups[linear]:
         lora_cpu.add(y, x, bound, layer)
+
+
+def add_lora_and_activate(
+    y: torch.Tensor, x: torch.Tensor, plan: LoraPlan, linear: str, layer: int, activation: str
+) -> torch.Tensor:
+    """On a GPU: `kernels.activation.activate`, gated, of y [T, 2F] with the deltas, in one pass over y."""
+    from adaplex_server.kernels.gpu.prefill_lora import expand_activation
+
+    return expand_activation(y, expansion(x, plan, linear, layer), activation)
+
+
+def expansion(x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> Expansion:
+    """On a GPU: what the adapters add to the linear's output on x, for many tokens."""
+    from adaplex_server.kernels.gpu.prefill_lora import Expansion, SlotPages, shrink
+
+    stack, tiles = plan.stacks[linear], plan.tiles
+    assert tiles is not None
+    slots, b = SlotPages(plan.pages.slot_pages, plan.pages.slot_page_count, plan.pages.page_rows), stack.b[layer]
+    h = shrink(x, stack.a[layer], stack.scaling[layer], slots, tiles, b.dtype)
+    return Expansion(h, b, stack.spans, slots, tiles)
 
 
 def shrunk(x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> Shrunk:

@@ -2,8 +2,7 @@
 host, once a step.
 
 Tokens of one slot are gathered although their rows lie apart, so that a tile reads its adapter once. The base's tokens
-are in no tile of a step of many tokens; in one of at most FEW_TOKENS they have tiles too, of the slot NO_SLOT, as the
-kernels that finish a linear go by tiles.
+have tiles too, of the slot NO_SLOT, as kernels that go on with a linear's output go by tiles.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ NO_SLOT = -1
 FEW_TILE = 4
 SMALL_TILE = 16
 LARGE_TILE = 64
-_MANY_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,10 @@ def lora_tiles(
     if not adapted:
         return None
     few = len(tokens) <= FEW_TOKENS
+    tile_tokens = LARGE_TILE
     if few:
         tile_tokens = FEW_TILE if tile_count(tokens, FEW_TILE) < len(tokens) else 1
-    else:
-        tile_tokens = SMALL_TILE if np.count_nonzero(tokens >= 0) <= _MANY_TOKENS else LARGE_TILE
-    order, tiles = _gather(tokens, tile_tokens, with_base=few)
+    order, tiles = _gather(tokens, tile_tokens)
     # One copy to the device for all.
     packed = torch.from_numpy(np.concatenate((order, tiles.ravel(), tokens if few else tokens[:0])).astype(np.int32))
     if device.type == "cuda":
@@ -70,26 +67,20 @@ def lora_tiles(
     )
 
 
-def tile_count(token_slots: Sequence[int] | NDArray[np.int64], tile_tokens: int, with_base: bool = True) -> int:
+def tile_count(token_slots: Sequence[int] | NDArray[np.int64], tile_tokens: int) -> int:
     """How many tiles these tokens need."""
-    slots, counts = np.unique(np.asarray(token_slots), return_counts=True)
-    return int((-(-counts[slots >= (NO_SLOT if with_base else 0)] // tile_tokens)).sum())
+    _, counts = np.unique(np.asarray(token_slots), return_counts=True)
+    return int((-(-counts // tile_tokens)).sum())
 
 
-def decode_tiles(
-    row_slots: Sequence[int], tile_tokens: int, with_base: bool = True
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def decode_tiles(row_slots: Sequence[int], tile_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Order [rows] and tiles [tiles, 3] (as in `LoraTiles`) of a step whose rows have one token each."""
-    return _gather(np.asarray(row_slots, dtype=np.int64), tile_tokens, with_base)
+    return _gather(np.asarray(row_slots, dtype=np.int64), tile_tokens)
 
 
-def _gather(
-    token_slots: NDArray[np.int64], tile_tokens: int, with_base: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _gather(token_slots: NDArray[np.int64], tile_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The tokens' order by slot, and the tiles."""
     order = np.argsort(token_slots, kind="stable")
-    if not with_base:
-        order = order[np.count_nonzero(token_slots < 0) :]
     slots = token_slots[order]
     starts = np.flatnonzero(np.diff(slots, prepend=NO_SLOT - 1))
     lengths = np.diff(starts, append=len(slots))

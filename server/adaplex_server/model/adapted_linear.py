@@ -1,15 +1,16 @@
 """A linear of the base with the adapters of its tokens: the one place that chooses how both are multiplied.
 
 On a GPU and for few tokens the product and h = A x are left to whoever takes the result to be put together
-(`kernels.finish`), with what follows in the same launch. Elsewhere the deltas are added to the product.
+(`kernels.finish`), with what follows in the same launch. Elsewhere the deltas are added to the product; on a GPU a
+gated activation is computed in the same pass.
 """
 
 from __future__ import annotations
 
 import torch
 
-from adaplex_server.kernels.finish import Shrunk, Unfinished
-from adaplex_server.kernels.lora import LoraPlan, add_lora, shrunk
+from adaplex_server.kernels.finish import Shrunk, Unfinished, finish_activation
+from adaplex_server.kernels.lora import LoraPlan, add_lora, add_lora_and_activate, shrunk
 from adaplex_server.kernels.lora_tiles import FEW_TOKENS
 from adaplex_server.model.formats.gptq import GpuGptqLinear
 from adaplex_server.model.formats.nf4 import GpuNf4Linear
@@ -41,6 +42,15 @@ def adapted_linear(
     if lora is not None:
         add_lora(y, x, lora, linear, layer)
     return y
+
+
+def adapted_activation(
+    base: Linear, x: torch.Tensor, lora: LoraPlan | None, linear: str, layer: int, activation: str, gated: bool
+) -> torch.Tensor:
+    """`kernels.activation.activate` of `adapted_linear`."""
+    if lora is None or not gated or not x.is_cuda or x.shape[0] <= FEW_TOKENS:
+        return finish_activation(adapted_linear(base, x, lora, linear, layer), activation, gated)
+    return add_lora_and_activate(base(x), x, lora, linear, layer, activation)
 
 
 def _unfinished(base: Linear, x: torch.Tensor, found: Shrunk | None) -> Unfinished:

@@ -129,7 +129,7 @@ class DecodeGraphs:
         pages = _fitting(self._rank_pages, pages)
         for tiles in _tile_counts(bucket):
             shape = DecodeShape(bucket, context, tiles, pages)
-            if tiles == bucket or tile_count(rows.slots, shape.tile_tokens, with_base=shape.few) <= tiles:
+            if tiles == bucket or tile_count(rows.slots, shape.tile_tokens) <= tiles:
                 return shape
         raise AssertionError("each row is a tile at most")
 

@@ -49,14 +49,9 @@ class DecodeShape:
     rank_pages: int
 
     @property
-    def few(self) -> bool:
-        """Whether the kernels for few tokens serve it, to which rows without an adapter come in tiles too."""
-        return self.rows <= FEW_TOKENS
-
-    @property
     def tile_tokens(self) -> int:
         """Of a tile at most."""
-        if not self.few:
+        if self.rows > FEW_TOKENS:
             return SMALL_TILE
         return FEW_TILE if self.tiles < self.rows else 1
 
@@ -115,7 +110,7 @@ class DecodeInputs:
         self.batch = _batch(parts, shape)
         self.sources = parts.sources
         self._shape = shape
-        slots = parts.slots if shape.few else None
+        slots = parts.slots if shape.rows <= FEW_TOKENS else None
         self.tiles = LoraTiles(parts.order, parts.tiles, shape.tile_tokens, shape.rank_pages, slots)
         self.fill(DecodeRows([], [], [], []))
 
@@ -166,7 +161,7 @@ class DecodeInputs:
         host["slots"][:] = NO_ADAPTER
         host["slots"][: len(slots)] = slots
         if len(host["tiles"]):
-            order, tiles = decode_tiles(slots, self._shape.tile_tokens, with_base=self._shape.few)
+            order, tiles = decode_tiles(slots, self._shape.tile_tokens)
             host["order"][: len(order)] = order
             host["tiles"][:] = 0
             host["tiles"][: len(tiles)] = tiles

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 
 from adaplex_server.kernels import dense
 from adaplex_server.kernels.attention import AttentionRows, attention, attention_rows
-from adaplex_server.kernels.finish import Unfinished, finish_activation, finish_add_norm, finish_rotary, finished
+from adaplex_server.kernels.finish import Unfinished, finish_add_norm, finish_rotary, finished
 from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, plan_lora
 from adaplex_server.kernels.lora_tiles import LoraTiles
 from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
-from adaplex_server.model.adapted_linear import adapted_linear
+from adaplex_server.model.adapted_linear import adapted_activation, adapted_linear
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, with_rank
 from adaplex_server.model.alibi import alibi_slopes
 from adaplex_server.model.base import Base, NormWeights
@@ -202,9 +202,9 @@ class Decoder:
         return q, k, v
 
     def _mlp(self, layer: int, x: torch.Tensor, step: _Step) -> torch.Tensor | Unfinished:
-        inner = finish_activation(
-            self._linear(layer, self._up, x, step), self.base.config.activation, self._family.gated
-        )
+        base = self.base.layers[layer].linears[self._up]
+        activation, gated = self.base.config.activation, self._family.gated
+        inner = adapted_activation(base, x, step.lora, self._up, layer, activation, gated)
         return self._linear(layer, "down", inner, step)
 
     def _linear(self, layer: int, linear: str, x: torch.Tensor, step: _Step) -> torch.Tensor | Unfinished:

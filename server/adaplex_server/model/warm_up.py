@@ -44,8 +44,8 @@ def warm_up(decoder: Decoder, page_size: int, max_tokens: int) -> None:
             decoder.compute(few, kv, decoder.lora_plan(_empty_tile(tile_tokens, rank_pages, 1, base.device)))
         if prompt > FEW_TOKENS:
             many = build_batch([RowInput([0] * prompt, 0, pages)], page_size, base.device)
-            for tile_tokens in (SMALL_TILE, LARGE_TILE):
-                decoder.compute(many, kv, decoder.lora_plan(_empty_tile(tile_tokens, 1, None, base.device)))
+            for tile_tokens, rank_pages in product((SMALL_TILE, LARGE_TILE), {1, most}):
+                decoder.compute(many, kv, decoder.lora_plan(_empty_tile(tile_tokens, rank_pages, None, base.device)))
 
 
 def _empty_tile(tile_tokens: int, max_pages: int, tokens: int | None, device: torch.device) -> LoraTiles:

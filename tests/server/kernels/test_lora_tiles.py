@@ -1,4 +1,4 @@
-"""Tiles hold every token once, one slot each; the base's only where a step has few."""
+"""Tiles hold every token once, one slot each."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from adaplex_server.kernels.lora_tiles import lora_tiles
 CPU = torch.device("cpu")
 
 
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(-1, 4)), max_size=12), st.integers(0, 2))
-def test_every_token_lies_in_one_tile_of_its_slot(rows: list[tuple[int, int]], size: int) -> None:
-    limits = tiling.FEW_TOKENS, tiling._MANY_TOKENS
-    tiling.FEW_TOKENS, tiling._MANY_TOKENS = ((1000, 2000), (0, 2000), (0, 0))[size]
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(-1, 4)), max_size=12), st.booleans())
+def test_every_token_lies_in_one_tile_of_its_slot(rows: list[tuple[int, int]], few: bool) -> None:
+    limit, tiling.FEW_TOKENS = tiling.FEW_TOKENS, 1000 if few else 0
     try:
         tiles = lora_tiles([row[0] for row in rows], [row[1] for row in rows], lambda slot: slot + 1, CPU)
     finally:
-        tiling.FEW_TOKENS, tiling._MANY_TOKENS = limits
+        tiling.FEW_TOKENS = limit
     slots = [slot for count, slot in rows for _ in range(count)]
     adapted = [token for token, slot in enumerate(slots) if slot >= 0]
     if not adapted:
         assert tiles is None
         return
     assert tiles is not None
-    assert sorted(tiles.order.tolist()) == (list(range(len(slots))) if size == 0 else adapted)
-    assert (tiles.slots is None) == (size > 0) and (tiles.slots is None or tiles.slots.tolist() == slots)
-    assert size > 0 or len(tiles.tiles) == tiling.tile_count(slots, tiles.tile_tokens)
+    assert sorted(tiles.order.tolist()) == list(range(len(slots)))
+    assert (tiles.slots is None) != few and (tiles.slots is None or tiles.slots.tolist() == slots)
+    assert len(tiles.tiles) == tiling.tile_count(slots, tiles.tile_tokens)
     seen = []
     for begin, count, slot in tiles.tiles.tolist():
         assert 0 < count <= tiles.tile_tokens
