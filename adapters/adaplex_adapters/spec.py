@@ -162,7 +162,7 @@ class Adapter:
 
 
 LoraAdapter = Adapter
-"""The name that it had when LoRA was the only kind."""
+"""The name that it had when LoRA was the only kind; to be taken out once nothing imports it."""
 
 
 def draft(kind: str, base_model: str) -> AdapterSpec:

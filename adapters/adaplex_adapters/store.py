@@ -25,7 +25,7 @@ from adaplex_adapters.errors import AdaplexError, InvalidAdapter, NotFound, Stor
 from adaplex_adapters.limits import ReadLimits
 from adaplex_adapters.peft_folder import files_of
 from adaplex_adapters.reader import read_adapter, read_unfitted
-from adaplex_adapters.spec import LoraAdapter
+from adaplex_adapters.spec import Adapter
 
 _log = logging.getLogger(__name__)
 _REVISION = re.compile(r"[0-9a-f]{64}")
@@ -43,7 +43,7 @@ class AdapterStore:
             for folder in (self._revisions, self._staging):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def commit(self, adapter: LoraAdapter) -> str:
+    def commit(self, adapter: Adapter) -> str:
         """Keep the adapter; its revision. When this returns it is on the disk, whole. A second commit changes nothing.
 
         A stored copy that was damaged meanwhile is replaced. Raises StorageFailed with nothing half-written kept.
@@ -66,7 +66,7 @@ class AdapterStore:
             sync(self._revisions)
         return revision
 
-    def read(self, revision: str, base: BaseShape) -> LoraAdapter:
+    def read(self, revision: str, base: BaseShape) -> Adapter:
         """The adapter of this revision, checked against the base, its content verified against the revision.
 
         Raises NotFound, InvalidAdapter (it does not fit this base) or StorageFailed (its files were changed or

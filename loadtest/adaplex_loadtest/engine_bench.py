@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from adaplex_adapters.base_shape import BaseShape
-from adaplex_adapters.spec import AdapterSpec, LoraAdapter, LoraModule
+from adaplex_adapters.spec import Adapter, AdapterSpec, LoraModule
 from adaplex_loadtest.statistics import percentile, report
 from adaplex_server.engine.assembly import assemble
 from adaplex_server.engine.engine import Inbox
@@ -46,7 +46,7 @@ class Timed:
     total: float
 
 
-def random_adapters(shape: BaseShape, rank: int, count: int, dtype: torch.dtype) -> list[LoraAdapter]:
+def random_adapters(shape: BaseShape, rank: int, count: int, dtype: torch.dtype) -> list[Adapter]:
     """LoRAs on every linear, in memory. They share their host tensors, as only their places on the device matter for
     time; their revisions are made up, as nothing stores them.
     """
@@ -60,7 +60,7 @@ def random_adapters(shape: BaseShape, rank: int, count: int, dtype: torch.dtype)
     targets = tuple(sorted({path.rsplit(".", 1)[-1] for path in modules}))
     nbytes = parameters * dtype.itemsize
     return [
-        LoraAdapter(AdapterSpec(f"{i:064x}", "lora", rank, targets, parameters, nbytes, shape.name), modules)
+        Adapter(AdapterSpec(f"{i:064x}", "lora", rank, targets, parameters, nbytes, shape.name), modules)
         for i in range(count)
     ]
 
@@ -68,7 +68,7 @@ def random_adapters(shape: BaseShape, rank: int, count: int, dtype: torch.dtype)
 class EngineBench:
     """Owns an engine with its adapters loaded and proved."""
 
-    def __init__(self, base: Base, settings: EngineSettings, adapters: Sequence[LoraAdapter]) -> None:
+    def __init__(self, base: Base, settings: EngineSettings, adapters: Sequence[Adapter]) -> None:
         self._by_revision = {adapter.spec.revision: adapter for adapter in adapters}
         self._revisions = tuple(self._by_revision)
         self._inbox: Inbox = queue.SimpleQueue()
@@ -189,7 +189,7 @@ def bench(base: Base, settings: EngineSettings, batches: Sequence[Batch], rank: 
     return lines
 
 
-def memory_limit(base: Base, batch: Batch, adapters: Sequence[LoraAdapter], bytes_per_second: float = 4.27e12) -> float:
+def memory_limit(base: Base, batch: Batch, adapters: Sequence[Adapter], bytes_per_second: float = 4.27e12) -> float:
     """Seconds that a decode step takes at least: each weight, adapter and KV page read once at the H200's measured copy
     rate.
     """

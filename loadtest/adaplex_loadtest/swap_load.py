@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from adaplex_adapters.identity import described
-from adaplex_adapters.spec import LoraAdapter
+from adaplex_adapters.spec import Adapter
 from adaplex_adapters.store import AdapterStore
 from adaplex_loadtest.engine_bench import random_adapters
 from adaplex_server.engine.assembly import assemble, pool_dtype
@@ -33,7 +33,7 @@ def fill_store(folder: Path, base: Base, rank: int, count: int) -> tuple[Adapter
     for number in range(count):
         # The scaling enters the revision: enough for another content, and quicker than other weights.
         modules = {path: replace(module, scaling=1.0 + number / 1024) for path, module in made.modules.items()}
-        revisions.append(store.commit(described(LoraAdapter(made.spec, modules))))
+        revisions.append(store.commit(described(Adapter(made.spec, modules))))
     return store, tuple(revisions)
 
 

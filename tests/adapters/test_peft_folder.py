@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from adaplex_adapters.base_shape import BaseShape
 from adaplex_adapters.peft_folder import config_text, files_of
 from adaplex_adapters.reader import read_adapter
-from adaplex_adapters.spec import KIND_LORA, AdapterSpec, LoraAdapter, LoraModule
+from adaplex_adapters.spec import KIND_LORA, Adapter, AdapterSpec, LoraModule
 
 
-def write(adapter: LoraAdapter, folder: Path) -> Path:
+def write(adapter: Adapter, folder: Path) -> Path:
     folder.mkdir()
     for name, pieces in files_of(adapter):
         (folder / name).write_bytes(b"".join(pieces))
@@ -70,7 +70,7 @@ def test_scalings_come_back_to_the_last_bit(tmp_path_factory: Any, kinds: list[t
 
     base = BaseShape("b", "llama", 4, 2, 8, {path: LinearShape(3, 2) for path in modules})
     folder = tmp_path_factory.mktemp("scalings") / "x"
-    found = read_adapter(write(LoraAdapter(spec, modules), folder), base)
+    found = read_adapter(write(Adapter(spec, modules), folder), base)
     for path, (r, scaling) in linears:
         assert found.modules[path].scaling == float(np.float32(scaling)) == scaling
         assert found.modules[path].a.shape[0] == r

@@ -19,7 +19,7 @@ from adaplex_adapters.base_shape import BaseShape
 from adaplex_adapters.errors import InvalidAdapter, NotFound
 from adaplex_adapters.limits import ReadLimits
 from adaplex_adapters.reader import read_adapter, read_unfitted
-from adaplex_adapters.spec import LoraAdapter
+from adaplex_adapters.spec import Adapter
 
 Q0 = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q0}.lora_"
@@ -55,7 +55,7 @@ NEOX: dict[str, dict[str, Any]] = {
 }
 
 
-def assert_is_pefts(found: LoraAdapter, adapted: Any) -> None:
+def assert_is_pefts(found: Adapter, adapted: Any) -> None:
     theirs = {
         name.removeprefix("base_model.model."): module
         for name, module in adapted.named_modules()

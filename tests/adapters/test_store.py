@@ -19,7 +19,7 @@ import torch
 from adaplex_adapters.base_shape import BaseShape
 from adaplex_adapters.errors import InvalidAdapter, NotFound, StorageFailed
 from adaplex_adapters.reader import read_adapter
-from adaplex_adapters.spec import LoraAdapter
+from adaplex_adapters.spec import Adapter
 from adaplex_adapters.store import AdapterStore
 
 
@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> AdapterStore:
 
 
 @pytest.fixture
-def adapter(write_lora: Any, base: BaseShape) -> LoraAdapter:
+def adapter(write_lora: Any, base: BaseShape) -> Adapter:
     config = {"base_model_name_or_path": "org/base", "alpha_pattern": {r"layers\.1\..*": 3}, "use_rslora": True}
     return read_adapter(write_lora(rank=3, config=config, dtype=torch.bfloat16), base)
 
@@ -42,7 +42,7 @@ def staging(store: AdapterStore) -> list[Path]:
     return list(store._staging.iterdir())
 
 
-def test_it_comes_back(store: AdapterStore, adapter: LoraAdapter, base: BaseShape) -> None:
+def test_it_comes_back(store: AdapterStore, adapter: Adapter, base: BaseShape) -> None:
     revision = store.commit(adapter)
     assert revision == adapter.spec.revision and store.contains(revision) and store.revisions() == {revision}
     found = store.read(revision, base)
@@ -54,7 +54,7 @@ def test_it_comes_back(store: AdapterStore, adapter: LoraAdapter, base: BaseShap
     assert read_adapter(store.folder(revision), base).spec == adapter.spec
 
 
-def test_commit_is_idempotent(store: AdapterStore, adapter: LoraAdapter, tmp_path: Path) -> None:
+def test_commit_is_idempotent(store: AdapterStore, adapter: Adapter, tmp_path: Path) -> None:
     store.commit(adapter)
     before = [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in files(tmp_path / "adapters")]
     store.commit(adapter)
@@ -63,7 +63,7 @@ def test_commit_is_idempotent(store: AdapterStore, adapter: LoraAdapter, tmp_pat
     assert staging(store) == []
 
 
-def test_many_commits_at_once(store: AdapterStore, adapter: LoraAdapter, base: BaseShape) -> None:
+def test_many_commits_at_once(store: AdapterStore, adapter: Adapter, base: BaseShape) -> None:
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -81,7 +81,7 @@ def test_many_commits_at_once(store: AdapterStore, adapter: LoraAdapter, base: B
     assert failures == [] and store.revisions() == {adapter.spec.revision} and staging(store) == []
 
 
-def test_delete(store: AdapterStore, adapter: LoraAdapter, base: BaseShape) -> None:
+def test_delete(store: AdapterStore, adapter: Adapter, base: BaseShape) -> None:
     revision = store.commit(adapter)
     store.delete(revision)
     assert not store.contains(revision) and staging(store) == []
@@ -96,7 +96,7 @@ def test_a_revision_is_no_path(store: AdapterStore, revision: str) -> None:
         store.contains(revision)
 
 
-def test_prune(store: AdapterStore, adapter: LoraAdapter, write_lora: Any, base: BaseShape) -> None:
+def test_prune(store: AdapterStore, adapter: Adapter, write_lora: Any, base: BaseShape) -> None:
     kept = store.commit(adapter)
     gone = store.commit(read_adapter(write_lora(), base))
     (store._staging / "leftover").mkdir()
@@ -136,7 +136,7 @@ EDITS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_edits_behind_the_back_are_found_and_healed(
-    edit: str, store: AdapterStore, adapter: LoraAdapter, base: BaseShape
+    edit: str, store: AdapterStore, adapter: Adapter, base: BaseShape
 ) -> None:
     revision = store.commit(adapter)
     EDITS[edit](store.folder(revision))
@@ -146,9 +146,7 @@ def test_edits_behind_the_back_are_found_and_healed(
     assert store.read(revision, base).spec == adapter.spec and staging(store) == []
 
 
-def test_another_base_is_not_damage(
-    store: AdapterStore, adapter: LoraAdapter, make_base: Callable[..., BaseShape]
-) -> None:
+def test_another_base_is_not_damage(store: AdapterStore, adapter: Adapter, make_base: Callable[..., BaseShape]) -> None:
     revision = store.commit(adapter)
     with pytest.raises(InvalidAdapter, match="Wrong base"):
         store.read(revision, make_base(hidden=64))
@@ -157,7 +155,7 @@ def test_another_base_is_not_damage(
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("call", ["write", "fsync", "rename", "open", "mkdir"])
 def test_a_disk_that_refuses(
-    call: str, code: int, store: AdapterStore, adapter: LoraAdapter, base: BaseShape, monkeypatch: pytest.MonkeyPatch
+    call: str, code: int, store: AdapterStore, adapter: Adapter, base: BaseShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every call of its kind fails in turn: always StorageFailed, nothing half there, and the next commit succeeds."""
     real = getattr(os, call)
@@ -190,7 +188,7 @@ def test_a_disk_that_refuses(
     assert store.read(store.commit(adapter), base).spec == adapter.spec
 
 
-def test_short_writes(store: AdapterStore, adapter: LoraAdapter, base: BaseShape, monkeypatch: Any) -> None:
+def test_short_writes(store: AdapterStore, adapter: Adapter, base: BaseShape, monkeypatch: Any) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data[:7])))
     revision = store.commit(adapter)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from adaplex_adapters.spec import KIND_LORA, AdapterSpec, LoraAdapter, LoraModule
+from adaplex_adapters.spec import KIND_LORA, Adapter, AdapterSpec, LoraModule
 from adaplex_server.model.adapter_pool import RANK_PAGE, allocate_pool, write_adapter
 from adaplex_server.model.batch_builder import RowInput, build_batch
 from adaplex_server.model.config import ModelConfig, parse_config
@@ -40,7 +40,7 @@ _SHAPE = {
 }
 
 
-def adapter_of(config: ModelConfig, rank: int) -> LoraAdapter:
+def adapter_of(config: ModelConfig, rank: int) -> Adapter:
     modules: dict[str, LoraModule] = {}
     for layer in range(config.num_layers):
         for linear, targets in linear_targets(config).items():
@@ -49,7 +49,7 @@ def adapter_of(config: ModelConfig, rank: int) -> LoraAdapter:
                 a = torch.randn(rank, targets.in_features) * targets.in_features**-0.5
                 modules[path] = LoraModule(a, torch.randn(end - begin, rank) * 0.3, rank**-0.5)
     spec = AdapterSpec(f"rank{rank}", KIND_LORA, rank, (), 0, 0, "")
-    return LoraAdapter(spec, MappingProxyType(modules))
+    return Adapter(spec, MappingProxyType(modules))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaplex_adapters.spec import KIND_LORA, AdapterSpec, LoraAdapter, LoraModule
+from adaplex_adapters.spec import KIND_LORA, Adapter, AdapterSpec, LoraModule
 from adaplex_server.model import families
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, allocate_pool, write_adapter
 from adaplex_server.model.base import Base, LayerWeights, NormWeights
@@ -128,7 +128,7 @@ def _on_gpu(weight: Any) -> Any:
     return replace(weight, **{name: v.to(CUDA) for name, v in values.items() if isinstance(v, torch.Tensor)})
 
 
-def adapter_of(config: ModelConfig, rank: int) -> LoraAdapter:
+def adapter_of(config: ModelConfig, rank: int) -> Adapter:
     """On every module, strong enough to change the logits; the first target of each linear has a smaller rank."""
     modules: dict[str, LoraModule] = {}
     for layer in range(config.num_layers):
@@ -139,7 +139,7 @@ def adapter_of(config: ModelConfig, rank: int) -> LoraAdapter:
                 a = torch.randn(own, targets.in_features) * targets.in_features**-0.5
                 modules[path] = LoraModule(a, torch.randn(end - begin, own) * 0.3, own**-0.5)
     spec = AdapterSpec(f"rank{rank}", KIND_LORA, rank, (), 0, 0, "")
-    return LoraAdapter(spec, MappingProxyType(modules))
+    return Adapter(spec, MappingProxyType(modules))
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Model:
     device: torch.device
 
     @staticmethod
-    def make(base: Base, adapters: Sequence[LoraAdapter], dtype: torch.dtype) -> Model:
+    def make(base: Base, adapters: Sequence[Adapter], dtype: torch.dtype) -> Model:
         config, device = base.config, base.device
         pages_per_slot = -(-max(RANKS) // RANK_PAGE)
         pages = 1 + sum(-(-rank // RANK_PAGE) for rank in RANKS)

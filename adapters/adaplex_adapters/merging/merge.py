@@ -22,7 +22,7 @@ from adaplex_adapters.errors import StartupError
 from adaplex_adapters.merging.plan import MergeStep, plan_merge
 from adaplex_adapters.merging.source import WeightSource
 from adaplex_adapters.merging.writer import SHARD_BYTES, ShardWriter, whole_folder, write_json
-from adaplex_adapters.spec import LoraAdapter, LoraModule
+from adaplex_adapters.spec import Adapter, LoraModule
 
 Tell = Callable[[str, float], None]
 
@@ -57,7 +57,7 @@ class MergeReport:
 @torch.no_grad()
 def merge_adapter(
     source: WeightSource,
-    adapter: LoraAdapter,
+    adapter: Adapter,
     base_folder: Path,
     out: Path,
     dtype: torch.dtype = torch.bfloat16,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adaplex_adapters.errors import InvalidAdapter
-from adaplex_adapters.spec import LoraAdapter, LoraModule
+from adaplex_adapters.spec import Adapter, LoraModule
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class MergeStep:
     module: LoraModule | None
 
 
-def plan_merge(shapes: Mapping[str, tuple[int, ...]], adapter: LoraAdapter) -> tuple[MergeStep, ...]:
+def plan_merge(shapes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> tuple[MergeStep, ...]:
     """One step a tensor, in the base's order.
 
     Raises InvalidAdapter with every module that has no weight in the base or does not fit it: nothing may be left out.

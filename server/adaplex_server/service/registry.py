@@ -29,7 +29,7 @@ from adaplex_adapters.errors import (
 )
 from adaplex_adapters.names import check_name
 from adaplex_adapters.reader import ReadLimits, read_adapter
-from adaplex_adapters.spec import LoraAdapter
+from adaplex_adapters.spec import Adapter
 from adaplex_adapters.store import AdapterStore
 from adaplex_server.engine.messages import AdapterLoaded
 from adaplex_server.model.config import read_config
@@ -245,7 +245,7 @@ class Registry:
                 await self._retire(before.spec.revision)
             return self._info(name)
 
-    async def _place(self, name: str, adapter: LoraAdapter, source: str) -> AdapterLoaded:
+    async def _place(self, name: str, adapter: Adapter, source: str) -> AdapterLoaded:
         """Store, prove and record under the name's lock; nobody drops the revision meanwhile."""
         store, catalogue, _ = self._open_store()
         spec = adapter.spec

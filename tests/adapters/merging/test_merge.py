@@ -12,7 +12,7 @@ from adaplex_adapters.errors import InvalidAdapter, StartupError
 from adaplex_adapters.merging.merge import merge_adapter, merged_weight
 from adaplex_adapters.merging.plan import plan_merge
 from adaplex_adapters.reader import read_unfitted
-from adaplex_adapters.spec import AdapterSpec, LoraAdapter, LoraModule
+from adaplex_adapters.spec import Adapter, AdapterSpec, LoraModule
 
 SPEC = AdapterSpec("0" * 64, "lora", 1, ("a",), 0, 0, "tiny")
 
@@ -110,7 +110,7 @@ def test_the_config_loses_its_quantization_and_nothing_else(tmp_path: Path) -> N
     config = {"model_type": "llama", "quantization_config": {"x": 1}, "torch_dtype": "float16", "rope_theta": 7}
     (tmp_path / "config.json").write_text(json.dumps(config))
     source = DictSource({"a.weight": torch.zeros(3, 2), "ids": torch.arange(3)})
-    adapter = LoraAdapter(SPEC, {"a": lora(3, 2)})
+    adapter = Adapter(SPEC, {"a": lora(3, 2)})
     merge_adapter(source, adapter, tmp_path, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "config.json").read_text())
     assert found == {"model_type": "llama", "rope_theta": 7, "dtype": "bfloat16"}
@@ -124,19 +124,19 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_read(tmp_pat
     (tmp_path / "config.json").write_text("{}")
     source = DictSource({"a.weight": torch.zeros(3, 2), "b.weight": torch.zeros(3, 2)})
     torn = LoraModule(torch.zeros(2, 2), torch.zeros(3, 1), 1.0)
-    adapter = LoraAdapter(SPEC, {"a": lora(2, 3), "b": torn, "c": lora(3, 2)})
+    adapter = Adapter(SPEC, {"a": lora(2, 3), "b": torn, "c": lora(3, 2)})
     with pytest.raises(InvalidAdapter) as caught:
         merge_adapter(source, adapter, tmp_path, tmp_path / "out")
     for said in ("a: the adapter is for a weight of [2, 3], the base's is [3, 2]", "b: lora_A", "c: the base has no"):
         assert said in caught.value.message
     assert source.reads == [] and not (tmp_path / "out").exists()
     with pytest.raises(StartupError, match=r"config\.json"):
-        merge_adapter(source, LoraAdapter(SPEC, {}), tmp_path / "nowhere", tmp_path / "out")
+        merge_adapter(source, Adapter(SPEC, {}), tmp_path / "nowhere", tmp_path / "out")
 
 
 def test_the_plan_names_every_tensor_once_in_order() -> None:
     shapes = {"x": (1,), "a.weight": (3, 2), "a.bias": (3,)}
-    steps = plan_merge(shapes, LoraAdapter(SPEC, {"a": lora(3, 2)}))
+    steps = plan_merge(shapes, Adapter(SPEC, {"a": lora(3, 2)}))
     assert [(s.name, s.module is not None) for s in steps] == [("x", False), ("a.weight", True), ("a.bias", False)]
 
 
@@ -147,5 +147,5 @@ def test_a_source_that_breaks_leaves_no_result(tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(StartupError, match="disk is gone"):
-        merge_adapter(Breaking({"a": torch.zeros(1)}), LoraAdapter(SPEC, {}), tmp_path, tmp_path / "out")
+        merge_adapter(Breaking({"a": torch.zeros(1)}), Adapter(SPEC, {}), tmp_path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter
-from adaplex_adapters.spec import AdapterSpec, LoraAdapter, LoraModule
+from adaplex_adapters.spec import Adapter, AdapterSpec, LoraModule
 from adaplex_server.model.adapter_pool import (
     RANK_PAGE,
     AdapterPool,
@@ -29,8 +29,8 @@ def config(tmp_path: Path) -> ModelConfig:
     return read_config(tmp_path)
 
 
-def adapter_of(modules: dict[str, LoraModule]) -> LoraAdapter:
-    return LoraAdapter(AdapterSpec("0" * 64, "lora", 1, (), 0, 0, ""), modules)
+def adapter_of(modules: dict[str, LoraModule]) -> Adapter:
+    return Adapter(AdapterSpec("0" * 64, "lora", 1, (), 0, 0, ""), modules)
 
 
 def random_module(rank: int, outputs: int, inputs: int, scaling: float) -> LoraModule:
