@@ -27,7 +27,7 @@ _CHUNK = 1 << 20
 
 
 def unpack_archive(archive: Path, folder: Path, limits: UploadLimits = UploadLimits()) -> None:  # noqa: B008 (frozen)
-    """Write adapter_config.json and adapter_model.safetensors from `archive` into `folder`, which is made here.
+    """Write an adapter's config and weights (`folder.KEPT_FILES`) from `archive` into `folder`, which is made here.
 
     Raises InvalidAdapter for what is refused (nothing is written then), RequestTooLarge over a limit, StorageFailed.
     """

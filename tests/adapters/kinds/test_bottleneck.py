@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from adaplex_adapters.base_shape import BaseShape
 from adaplex_adapters.errors import InvalidAdapter
 from adaplex_adapters.peft_folder import files_of
 from adaplex_adapters.reader import read_adapter
+from adaplex_adapters.store import AdapterStore
+from adaplex_adapters.uploads import unpack_archive
 from support.adapter_reference import logits
 from support.bottleneck_folder import NAMED, write_bottleneck
 
@@ -122,8 +126,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refuses(changed: dict[str, Any], reason: str, shape: BaseShape, tmp_path: Path) -> None:
     folder = write_bottleneck(tmp_path / "x")
     if not changed.keys() & {"layers", "outer", "model_type"}:
-        import json
-
         fields = json.loads((folder / "adapter_config.json").read_text())
         fields["config"] |= changed
         (folder / "adapter_config.json").write_text(json.dumps(fields))
@@ -140,3 +142,16 @@ def test_both_weight_files(shape: BaseShape, tmp_path: Path) -> None:
         read_adapter(folder, shape)
     (folder / "adapter.safetensors").unlink()
     assert read_adapter(folder, shape).spec.kind == "bottleneck"
+
+
+def test_it_comes_through_an_archive(shape: BaseShape, tmp_path: Path) -> None:
+    folder = write_bottleneck(tmp_path / "x")
+    archive = tmp_path / "x.zip"
+    with zipfile.ZipFile(archive, "w") as made:
+        for file in folder.iterdir():
+            made.write(file, f"x/{file.name}")
+    unpack_archive(archive, tmp_path / "unpacked")
+    assert read_adapter(tmp_path / "unpacked", shape).spec == read_adapter(folder, shape).spec
+    store = AdapterStore(tmp_path / "store")
+    revision = store.commit(read_adapter(folder, shape))
+    assert store.read(revision, shape).spec.revision == revision
