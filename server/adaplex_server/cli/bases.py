@@ -1,4 +1,4 @@
-"""`adaplex bases`: what a base would cost, without loading it."""
+"""`adaplex bases`: what a base would cost, without loading it, and what its formats cost in quality."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ from adaplex_server.model.formats.quantization import BLOCK, THRESHOLD, Quantiza
 if TYPE_CHECKING:
     from adaplex_server.bases.describe import BaseDescription
 
-app = typer.Typer(help="Describe bases.", no_args_is_help=True)
-
-
-@app.callback()
-def bases() -> None:
-    """Describe bases."""
+app = typer.Typer(help="Describe bases and compare their formats.", no_args_is_help=True)
 
 
 @app.command("describe")
@@ -61,6 +56,55 @@ def describe(
         print(json.dumps(asdict(found), indent=2))
     else:
         _print(found)
+
+
+@app.command("quality")
+def quality(
+    folders: Annotated[list[Path], typer.Argument(help="Folders: dense ones are measured in every format.")],
+    text: Annotated[
+        Path | None, typer.Option(help="A text in UTF-8; Python's own documentation unless given.", exists=True)
+    ] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="Only this format; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of the text at most.")] = 2048,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a piece of the text.")] = 512,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the activations.")
+    ] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to measure.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a format.")] = False,
+) -> None:
+    """Measure the perplexity of a text on a base in each format, with the memory that it takes."""
+    from adaplex_server.bases.quality import FORMATS, measure
+    from adaplex_server.engine.assembly import choose_device, choose_dtype
+    from adaplex_server.model.config import read_config
+    from adaplex_server.service.text_codec import TextCodec
+
+    unknown = [name for name in formats or () if name not in FORMATS]
+    if unknown:
+        raise InvalidRequest(f"--format {unknown[0]} is not known; use one of {', '.join(FORMATS)}", param="format")
+    words = text.read_text(encoding="utf-8") if text else _python_documentation()
+    place = choose_device(device)
+    table = Table("base", "format", "perplexity", "loss", "linears", "whole base")
+    for folder in folders:
+        config = read_config(folder)
+        ids = TextCodec(folder).encode(words[: 16 * tokens])[:tokens]
+        names = list(formats or FORMATS) if config.quantization is None else ["none"]
+        for name in names:
+            kind = choose_dtype(dtype, config.dtype, place)
+            found = measure(folder, config, name, ids, min(context, config.max_context), kind, place)
+            if as_json:
+                print(json.dumps({"base": config.name, "perplexity": found.perplexity, **asdict(found)}), flush=True)
+            sizes = _mib(found.linear_bytes), _mib(found.base_bytes)
+            table.add_row(config.name, found.name, f"{found.perplexity:.3f}", f"{found.loss:.4f}", *sizes)
+    if not as_json:
+        Console().print(table)
+
+
+def _python_documentation() -> str:
+    """A long English text that is wherever Python is."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def _bytes(text: str) -> int:
@@ -102,3 +146,7 @@ def _print(found: BaseDescription) -> None:
 
 def _gib(count: int) -> str:
     return f"{count / (1 << 30):.2f} GiB"
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.1f} MiB"
