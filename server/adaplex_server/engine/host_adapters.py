@@ -7,6 +7,7 @@ adapters that are being read).
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from typing import Protocol
 
 from adaplex_server.model.adapter_image import AdapterImage, pages_of_rank
 
+log = logging.getLogger("adaplex.engine")
 _READS = 2
 """Reads asked for at once, so that the thread goes on while the engine makes a step."""
 
@@ -62,7 +64,10 @@ class AdapterReader:
 
     def _run(self) -> None:
         while True:
-            self._asked.get()()
+            try:
+                self._asked.get()()
+            except Exception:  # of the files beside the store: the next adapter must still be read
+                log.exception("an adapter could not be kept on disk")
 
     def _read(self, revision: str) -> None:
         try:
