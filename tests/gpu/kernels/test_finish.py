@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from adaplex_server.kernels.activation import activate
 from adaplex_server.kernels.finish import OutputScale, Shrunk, Unfinished
+from adaplex_server.kernels.gpu import shrink as shrinking
 from adaplex_server.kernels.gpu.finish import finish, finish_activation, finish_rotary, fits_rotary
 from adaplex_server.kernels.gpu.finish_norm import finish_add_norm
 from adaplex_server.kernels.gpu.shrink import segments, shrink
@@ -24,9 +25,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LARGE = 2 if INTERPRETED else 3
 MIXED: Rows = [(1, LARGE), (9, 0), (1, 1), (2, -1), (5, 2), (1, LARGE), (1, 0), (3, 4), (1, 5), (1, -1)]
 ALONE = (0, 2, 3, 4, 7, 8)
-K = 2100  # two segments
+# Two segments of more than one step; smaller ones where each number takes time.
+K = 700 if INTERPRETED else 8400
 HEADS, KV_HEADS, DIM = 6, 2, 16
 QKV = ((0, 96), (96, 128), (128, 160))
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(shrinking, "_SEGMENT", 512)
+        monkeypatch.setattr(shrinking, "_STEP", 256)
 
 
 class Case:

@@ -18,15 +18,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adaplex_server.kernels.finish import Unfinished
 from adaplex_server.kernels.gpu.activation import KINDS, act
-from adaplex_server.kernels.gpu.expand import STATIC_PAGES, add_page, page_rows
-from adaplex_server.kernels.gpu.launch import cdiv, dependent, next_power_of_2
+from adaplex_server.kernels.gpu.expand import STATIC_PAGES, add_page_to_both, page_rows
+from adaplex_server.kernels.gpu.launch import cdiv, dependent, next_power_of_2, unfused
 
 _PLAIN = tl.constexpr(0)
 _ACTIVATION = tl.constexpr(1)
 _GATED = tl.constexpr(2)
 _ROTARY = tl.constexpr(3)
-_BLOCK = 512
-_WARPS = 2
+# Pairs of columns a program; its warps, for one token and for a tile: four columns a thread, or two.
+_BLOCK = 256
+_WARPS, _WARPS_OF_TILES = 2, 4
 
 
 def finish(y: Unfinished) -> torch.Tensor:
@@ -97,7 +98,6 @@ def _launch(
     if MODE == _GATED:
         spans = ((0, n),)
     ends = [span[1] for span in spans] + [n] * (4 - len(spans))
-    blocks = sum(cdiv(end - begin, 2 * _BLOCK) for begin, end in spans)
     found, scale = y.shrunk, y.scale
     if found is None:
         rows, at_once = tokens, 1
@@ -109,7 +109,7 @@ def _launch(
             found.h, found.b, found.scaling, found.slot_pages, found.slot_page_count, found.tiles.order,
             found.tiles.tiles, found.h.shape[2], found.slot_pages.stride(0),
         )  # fmt: skip
-    _finish[(rows, blocks)](
+    _finish[(rows, sum(cdiv(end - begin, 2 * _BLOCK) for begin, end in spans))](
         y.parts, y.bias if y.bias is not None else out,
         scale.vectors if scale is not None else out, scale.index if scale is not None else out, out, *lora,
         *(tables or (*(out,) * 8, 0.0)), tokens, *ends,
@@ -117,7 +117,8 @@ def _launch(
         STATIC=found is not None and found.tiles.max_pages <= STATIC_PAGES,
         RANK_PAGE=found.page_rows if found is not None else 1, SEGMENTS=found.h.shape[0] if found is not None else 1,
         TARGETS=len(spans), LORA_TARGETS=len(found.spans) if found is not None else 1, TOKENS=at_once,
-        MODE=MODE, KIND=KIND, HALF=HALF, NORM=NORM, Q=Q, KV=KV, BLOCK=_BLOCK, num_warps=_WARPS, **dependent(),
+        MODE=MODE, KIND=KIND, HALF=HALF, NORM=NORM, Q=Q, KV=KV, BLOCK=_BLOCK,
+        num_warps=_WARPS if at_once == 1 else _WARPS_OF_TILES, **dependent(), **unfused(),
     )  # fmt: skip
 
 
@@ -167,11 +168,24 @@ def _span(block, end0, end1, end2, end3, TARGETS: tl.constexpr, WIDE: tl.constex
 
 
 @triton.jit
+def _pair_sum(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums of rows [ROWS, WIDTH] (a power of two), [ROWS, 1]: of neighbours, then of neighbouring sums, whatever the
+    shapes of tile and block, where `tl.sum` goes by the registers.
+    """
+    if WIDTH == 1:
+        total = tl.reshape(x, (ROWS, 1))
+    else:
+        left, right = tl.split(tl.reshape(x, (ROWS, WIDTH // 2, 2)))
+        total = _pair_sum(left + right, ROWS, WIDTH // 2)
+    return total
+
+
+@triton.jit
 def _head_norm(x0, x1, r, weight_ptr, eps, HALF: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """Heads of halves x0 and x1 [TOKENS, BLOCK], normed. r [1, BLOCK]: each column's place in its half."""
-    HEADS: tl.constexpr = BLOCK // HALF
-    squares = tl.sum(tl.reshape(x0 * x0 + x1 * x1, (TOKENS, HEADS, HALF)), 2) / (2 * HALF)
-    inverse = tl.broadcast_to(tl.rsqrt(squares + eps)[:, :, None], (TOKENS, HEADS, HALF))
+    HEADS: tl.constexpr = TOKENS * (BLOCK // HALF)
+    squares = _pair_sum(tl.fma(x0, x0, x1 * x1), HEADS, HALF) / (2 * HALF)
+    inverse = tl.broadcast_to(tl.rsqrt(squares + eps), (HEADS, HALF))
     inverse = tl.reshape(inverse, (TOKENS, BLOCK))
     x0 = x0 * inverse * tl.load(weight_ptr + r).to(tl.float32)
     x1 = x1 * inverse * tl.load(weight_ptr + HALF + r).to(tl.float32)
@@ -310,9 +324,9 @@ def _finish(
         token = tl.load(order_ptr + begin + t, mask=live, other=0)
         own_pages = pages_ptr + tl.maximum(slot, 0) * pages_stride
         pages = tl.load(page_count_ptr + slot, mask=slot >= 0, other=0)
-        second: tl.constexpr = 1 if MODE == _GATED else 0
+        SECOND: tl.constexpr = 1 if MODE == _GATED else 0
         scaling0 = tl.load(scaling_ptr + slot * LORA_TARGETS + target, mask=slot >= 0, other=0.0)
-        scaling1 = tl.load(scaling_ptr + slot * LORA_TARGETS + target + second, mask=slot >= 0, other=0.0)
+        scaling1 = tl.load(scaling_ptr + slot * LORA_TARGETS + target + SECOND, mask=slot >= 0, other=0.0)
         if STATIC:
             b00 = page_rows(b_ptr, own_pages, 0, pages, n0, n0_mask, N, RANK_PAGE)
             b10 = page_rows(b_ptr, own_pages, 0, pages, n1, n1_mask, N, RANK_PAGE)
@@ -329,24 +343,25 @@ def _finish(
         if pages > 0:
             d0 = tl.zeros((TOKENS, BLOCK), tl.float32)
             d1 = tl.zeros((TOKENS, BLOCK), tl.float32)
-            h0 = h_ptr + token.to(tl.int64) * h_rows + target
-            h1 = h0 + second
-            h_part = tokens * h_rows
+            h = h_ptr + token.to(tl.int64) * h_rows + target
+            part = tokens * h_rows
             PAGE: tl.constexpr = RANK_PAGE * LORA_TARGETS
             if STATIC:
-                also = live & (pages > 1)
-                d0 = add_page(d0, b00, h0, live, scaling0, h_part, RANK_PAGE, LORA_TARGETS, SEGMENTS)
-                d0 = add_page(d0, b01, h0 + PAGE, also, scaling0, h_part, RANK_PAGE, LORA_TARGETS, SEGMENTS)
-                d1 = add_page(d1, b10, h1, live, scaling1, h_part, RANK_PAGE, LORA_TARGETS, SEGMENTS)
-                d1 = add_page(d1, b11, h1 + PAGE, also, scaling1, h_part, RANK_PAGE, LORA_TARGETS, SEGMENTS)
+                d0, d1 = add_page_to_both(
+                    d0, d1, b00, b10, h, live, scaling0, scaling1, part, SECOND, RANK_PAGE, LORA_TARGETS, SEGMENTS
+                )
+                d0, d1 = add_page_to_both(
+                    d0, d1, b01, b11, h + PAGE, live & (pages > 1), scaling0, scaling1, part, SECOND, RANK_PAGE,
+                    LORA_TARGETS, SEGMENTS,
+                )  # fmt: skip
             else:
                 for index in tl.range(0, pages):
                     b0 = page_rows(b_ptr, own_pages, index, pages, n0, n0_mask, N, RANK_PAGE)
                     b1 = page_rows(b_ptr, own_pages, index, pages, n1, n1_mask, N, RANK_PAGE)
-                    d0 = add_page(d0, b0, h0, live, scaling0, h_part, RANK_PAGE, LORA_TARGETS, SEGMENTS)
-                    d1 = add_page(d1, b1, h1, live, scaling1, h_part, RANK_PAGE, LORA_TARGETS, SEGMENTS)
-                    h0 += PAGE
-                    h1 += PAGE
+                    d0, d1 = add_page_to_both(
+                        d0, d1, b0, b1, h + index * PAGE, live, scaling0, scaling1, part, SECOND, RANK_PAGE,
+                        LORA_TARGETS, SEGMENTS,
+                    )  # fmt: skip
             x0 += d0
             x1 += d1
     x0 = scale_and_bias(x0, token, live, n0, n0_mask, scale_ptr, scale_index_ptr, bias_ptr, N, SCALED, BIAS)

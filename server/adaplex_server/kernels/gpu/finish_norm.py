@@ -15,9 +15,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adaplex_server.kernels.finish import Unfinished
-from adaplex_server.kernels.gpu.expand import STATIC_PAGES, add_page, page_rows
+from adaplex_server.kernels.gpu.expand import STATIC_PAGES, add_page, page_h, page_rows
 from adaplex_server.kernels.gpu.finish import scale_and_bias, sum_parts
-from adaplex_server.kernels.gpu.launch import dependent, next_power_of_2
+from adaplex_server.kernels.gpu.launch import dependent, next_power_of_2, unfused
 from adaplex_server.kernels.gpu.norm import normed
 
 
@@ -47,7 +47,7 @@ def finish_add_norm(
         N=n, SPLITS=splits, Y_BIAS=y.bias is not None, SCALED=scale is not None, LORA=found is not None,
         STATIC=found is not None and found.tiles.max_pages <= STATIC_PAGES,
         RANK_PAGE=found.page_rows if found is not None else 1, SEGMENTS=found.h.shape[0] if found is not None else 1,
-        CENTER=center, BIAS=bias is not None, BLOCK=block, num_warps=min(16, max(1, block // 256)), **dependent(),
+        CENTER=center, BIAS=bias is not None, BLOCK=block, num_warps=min(16, max(1, block // 256)), **dependent(), **unfused(),
     )  # fmt: skip
     return total, out
 
@@ -111,15 +111,16 @@ def _finish_add_norm(
         if pages > 0:
             delta = tl.zeros((1, BLOCK), tl.float32)
             h = h_ptr + token.to(tl.int64) * h_rows
-            h_part = tokens * h_rows
+            part = tokens * h_rows
             if STATIC:
-                delta = add_page(delta, b0, h, live, scaling, h_part, RANK_PAGE, 1, SEGMENTS)
-                delta = add_page(delta, b1, h + RANK_PAGE, live & (pages > 1), scaling, h_part, RANK_PAGE, 1, SEGMENTS)
+                h0 = page_h(h, live, scaling, part, RANK_PAGE, 1, SEGMENTS)
+                h1 = page_h(h + RANK_PAGE, live & (pages > 1), scaling, part, RANK_PAGE, 1, SEGMENTS)
+                delta = add_page(add_page(delta, b0, h0, RANK_PAGE), b1, h1, RANK_PAGE)
             else:
                 for index in tl.range(0, pages):
                     b = page_rows(b_ptr, own_pages, index, pages, n, mask, N, RANK_PAGE)
-                    delta = add_page(delta, b, h, live, scaling, h_part, RANK_PAGE, 1, SEGMENTS)
-                    h += RANK_PAGE
+                    own_h = page_h(h + index * RANK_PAGE, live, scaling, part, RANK_PAGE, 1, SEGMENTS)
+                    delta = add_page(delta, b, own_h, RANK_PAGE)
             y += delta
     y = scale_and_bias(y, token, live, n, mask, scale_ptr, scale_index_ptr, y_bias_ptr, N, SCALED, Y_BIAS)
     x = (x.to(tl.float32) + y).to(x.dtype)

@@ -26,6 +26,13 @@ def dependent() -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if dependent_launch() else {"PDL": False}
 
 
+def unfused() -> dict[str, bool]:
+    """Launch options of a kernel whose products and sums the compiler must not fuse as it likes, since variants of it
+    have to give the same bits.
+    """
+    return {"enable_fp_fusion": False}
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n (n >= 1)."""
     return 1 << (n - 1).bit_length()

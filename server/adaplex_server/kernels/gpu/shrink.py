@@ -1,11 +1,12 @@
 """The first half of LoRA for few tokens on the GPU: h = A x, each token with its own adapter's A.
 
-A program holds one page (8 rank rows) of one adapter, a segment of K wide, in registers and goes through the tokens of
-its tile, so that an adapter is read once a tile, all of its bytes in flight at once. The loads do not depend on x and
-begin before the kernel that makes x has ended.
+A program has one page (8 rank rows) of one adapter and the tokens of one tile, and goes through a segment of K with
+everything in registers, so that an adapter is read once a tile, many bytes in flight at once. The first loads of A do
+not depend on x and begin before the kernel that makes x has ended.
 
-The order of a token's sums follows from K alone: within a segment as the registers lie, then segment by segment in
-whoever reads h.
+The order of a token's sums follows from K alone: as the registers lie within a segment, then segment by segment in
+whoever reads h. (Products of 16-bit numbers are exact in float32, so that it does not matter whether the compiler fuses
+them with the sums; those of float32 it must not.)
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from adaplex_server.kernels.gpu.launch import cdiv, dependent, next_power_of_2
+from adaplex_server.kernels.gpu.launch import cdiv, dependent, next_power_of_2, unfused
 
-_SEGMENT = 2048
+_SEGMENT = 8192
+_STEP = 2048
 _WARP = 256
+_LANES = tl.constexpr(8)
+"""Neighbours in K that one thread holds."""
 
 
 def segments(k: int) -> int:
@@ -44,15 +48,15 @@ def shrink(
     """
     tokens, (targets, k) = x.shape[0], a.shape[1:]
     parts, rows = segments(k), max_pages * rank_page * targets
-    # As even as registers allow: a warp holds steps of 256.
     h = torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
     segment = cdiv(cdiv(k, parts), _WARP) * _WARP
-    block = next_power_of_2(segment)
+    steps = cdiv(segment, _STEP)
+    block = next_power_of_2(cdiv(segment, steps))
     if rows:
         _shrink[(tiles.shape[0], max_pages * targets, parts)](
             x, a, slot_pages, slot_page_count, order, tiles, h, tokens, rows, slot_pages.stride(0), x.stride(0),
-            K=k, TARGETS=targets, RANK_PAGE=rank_page, SEGMENT=segment, BLOCK=block, TOKENS=tile_tokens,
-            num_warps=max(1, block // _WARP), **dependent(),
+            K=k, TARGETS=targets, RANK_PAGE=rank_page, SEGMENT=segment, STEPS=steps, BLOCK=block, TOKENS=tile_tokens,
+            num_warps=max(1, block // _WARP), **dependent(), **(unfused() if x.dtype == torch.float32 else {}),
         )  # fmt: skip
     return h
 
@@ -75,6 +79,7 @@ def _shrink(
     TARGETS: tl.constexpr,
     RANK_PAGE: tl.constexpr,
     SEGMENT: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     PDL: tl.constexpr,
@@ -85,23 +90,36 @@ def _shrink(
     slot = tl.load(tiles_ptr + tl.program_id(0) * 3 + 2)
     index = tl.program_id(1) // TARGETS
     pages = tl.load(page_count_ptr + tl.maximum(slot, 0))
+    page = tl.load(pages_ptr + tl.maximum(slot, 0) * pages_stride + index).to(tl.int64)
     if (count == 0) | (slot < 0) | (index >= pages):
         if PDL:
             gdc_wait()
         return
     i = tl.arange(0, RANK_PAGE)
-    local = tl.arange(0, BLOCK)
-    k = tl.program_id(2) * SEGMENT + local
-    inside = (local < SEGMENT) & (k < K)
-    page = tl.load(pages_ptr + slot * pages_stride + index).to(tl.int64)
+    t = tl.arange(0, TOKENS)
+    lane = tl.arange(0, BLOCK)[None, None, :]
+    begin_k = tl.program_id(2) * SEGMENT
+    end_k = tl.minimum(begin_k + SEGMENT, K)
     row = page * (RANK_PAGE * TARGETS) + (tl.program_id(1) % TARGETS) * RANK_PAGE + i
-    a = tl.load(a_ptr + row[:, None] * K + k[None, :], mask=inside[None, :], other=0.0)
+    a_rows = a_ptr + row[None, :, None] * K
+    live = t < count
+    token = tl.load(order_ptr + begin + t, mask=live, other=0)
+    x_rows = x_ptr + token.to(tl.int64)[:, None, None] * x_stride
+    a = tl.load(a_rows + (begin_k + lane), mask=begin_k + lane < end_k, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    for t in tl.range(0, 1 if TOKENS == 1 else count):
-        token = tl.load(order_ptr + begin + t)
-        x = tl.load(x_ptr + token.to(tl.int64) * x_stride + k, mask=inside, other=0.0)
-        h = tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
-        out = h_ptr + (tl.program_id(2) * tokens + token).to(tl.int64) * rows + tl.program_id(1) * RANK_PAGE
-        tl.store(out + i, h)
+    x = tl.load(x_rows + (begin_k + lane), mask=live[:, None, None] & (begin_k + lane < end_k), other=0.0)
+    total = tl.zeros((TOKENS, RANK_PAGE, BLOCK // _LANES), tl.float32)
+    for step in tl.static_range(STEPS):
+        this_a = a
+        this_x = x
+        if step + 1 < STEPS:
+            # On their way while this step is summed.
+            k = begin_k + (step + 1) * BLOCK + lane
+            a = tl.load(a_rows + k, mask=k < end_k, other=0.0)
+            x = tl.load(x_rows + k, mask=live[:, None, None] & (k < end_k), other=0.0)
+        product = this_a.to(tl.float32) * this_x.to(tl.float32)
+        total += tl.sum(tl.reshape(product, (TOKENS, RANK_PAGE, BLOCK // _LANES, _LANES)), 3)
+    out = h_ptr + (tl.program_id(2) * tokens + token).to(tl.int64) * rows + tl.program_id(1) * RANK_PAGE
+    tl.store(out[:, None] + i[None, :], tl.sum(total, 2), mask=live[:, None])
