@@ -167,6 +167,14 @@ class ServerSettings(BaseModel):
             "a GPU unless given.",
         ),
     ] = None
+    batch_invariant: Annotated[
+        bool,
+        Field(
+            title="Limits",
+            description="On a GPU too, a request's logits are bit for bit the same alone or mixed, however its prompt "
+            "is cut, and after a preemption: steps of 128 tokens at most, which prefill more slowly.",
+        ),
+    ] = False
     max_context: Annotated[
         int | None,
         Field(title="Limits", ge=16, description="Tokens of prompt and answer; the model's own unless given."),

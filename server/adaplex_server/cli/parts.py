@@ -87,6 +87,7 @@ def engine_settings(settings: ServerSettings, base: Path, name: str, folder: Pat
         max_rows=settings.max_rows,
         max_waiting=settings.max_waiting,
         max_step_tokens=settings.max_step_tokens,
+        batch_invariant=settings.batch_invariant,
         max_context=settings.max_context,
         page_size=settings.page_size,
         kv_bytes=_plain(settings.kv_memory),

@@ -25,13 +25,15 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     "auto" follows the checkpoint (bfloat16 where it is float16 on a CPU). store: folder of the AdapterStore.
 
     max_rows: rows of one step at most. max_waiting: length of the queue. max_step_tokens: tokens of one step at most
-    (a longer prompt is prefilled in chunks); None for what suits the device (`with_step_tokens`). max_context: None for
-    the model's own. kv_bytes, adapter_bytes: device memory for KV pages and for adapter rank rows; None takes a share
-    of what is free. host_adapter_bytes: adapters kept in host memory. max_rank: rank of an adapter at most. threads:
-    CPU threads of the model, None for all cores. decode_graphs: on a GPU, replay decode steps as CUDA graphs; they
-    change no number and cost memory and a few seconds at start. overlap: launch a step before the host knows what the
-    one before it chose, so that the device does not wait for the host; None on a GPU. It changes no number.
-    weight_cache: folder in which the weights are kept as a GPU has them, None for nowhere.
+    (a longer prompt is prefilled in chunks); None for what suits the device (`with_step_tokens`). batch_invariant: a
+    row's logits have the same bits alone or mixed, however its prompt is cut, and after a preemption; a CPU keeps to
+    that always, a GPU by small steps. max_context: None for the model's own. kv_bytes, adapter_bytes: device memory
+    for KV pages and for adapter rank rows; None takes a share of what is free. host_adapter_bytes: adapters kept in
+    host memory. max_rank: rank of an adapter at most. threads: CPU threads of the model, None for all cores.
+    decode_graphs: on a GPU, replay decode steps as CUDA graphs; they change no number and cost memory and a few seconds
+    at start. overlap: launch a step before the host knows what the one before it chose, so that the device does not
+    wait for the host; None on a GPU. It changes no number. weight_cache: folder in which the weights are kept as a GPU
+    has them, None for nowhere.
     """
 
     base: str
@@ -46,6 +48,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int = 64
     max_waiting: int = 256
     max_step_tokens: int | None = None
+    batch_invariant: bool = False
     max_context: int | None = None
     page_size: int = 16
     kv_bytes: int | None = None
@@ -62,6 +65,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def with_step_tokens(settings: EngineSettings, on_gpu: bool) -> EngineSettings:
     """The settings with a number of tokens a step."""
-    if settings.max_step_tokens is not None:
-        return settings
-    return msgspec.structs.replace(settings, max_step_tokens=GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS)
+    tokens = settings.max_step_tokens or (GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS)
+    if settings.batch_invariant and on_gpu:
+        # Imports torch, which the process that makes the settings does without.
+        from adaplex_server.kernels.lora_tiles import FEW_TOKENS
+
+        # More tokens are multiplied by cuBLAS, whose order of sums follows from how many there are.
+        tokens = min(tokens, FEW_TOKENS)
+    return msgspec.structs.replace(settings, max_step_tokens=tokens)

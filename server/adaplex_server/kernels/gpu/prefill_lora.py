@@ -90,8 +90,8 @@ def expand(y: torch.Tensor, found: Expansion) -> None:
 
 
 def expand_activation(y: torch.Tensor, found: Expansion, activation: str) -> torch.Tensor:
-    """y [T, 2F], gate beside up, each with what its adapters add and rounded -> act(gate) * up [T, F]. Every token is
-    in a tile.
+    """y [T, 2F], gate beside up, each with what its adapters add -> act(gate) * up [T, F], rounded once. Every
+    token is in a tile.
     """
     tokens, n = y.shape
     out = torch.empty(tokens, n // 2, dtype=y.dtype, device=y.device)
@@ -342,9 +342,6 @@ def _expand_activation(
         to_up = _delta(
             h_ptr, b_ptr + F, own, pages, at_h, t_mask, TARGETS - 1, n, n_mask, N, TARGETS, RANK_PAGE, TOKENS, BLOCK_N
         )
-        gate = tl.load(y_row + n[None, :], mask=mask, other=0.0)
-        up = tl.load(y_row + F + n[None, :], mask=mask, other=0.0)
-        # Rounded as where the deltas are added in a pass of their own.
-        gate = (gate.to(tl.float32) + to_gate).to(gate.dtype).to(tl.float32)
-        up = (up.to(tl.float32) + to_up).to(up.dtype).to(tl.float32)
+        gate = tl.load(y_row + n[None, :], mask=mask, other=0.0).to(tl.float32) + to_gate
+        up = tl.load(y_row + F + n[None, :], mask=mask, other=0.0).to(tl.float32) + to_up
         tl.store(out_row + n[None, :], (act(gate, KIND) * up).to(out_ptr.dtype.element_ty), mask=mask)
