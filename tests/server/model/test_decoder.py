@@ -38,6 +38,19 @@ def test_logits_equal_transformers(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.cat(row.logits), theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_sixteen_bits_are_near_to_thirty_two(kind: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, kind)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        base = load_tiny(tmp_path, dtype)
+        rows = sequences([30, 7], [NO_ADAPTER] * 2, seed=1)
+        run(Decoder(base, None, positions=64), cache_for(base, rows), rows, seed=2)
+        found[dtype] = torch.cat([logits for row in rows for logits in row.logits])
+    exact, near = found.values()
+    assert (near - exact).norm() < 0.1 * exact.norm()
+
+
 def test_longrope_beyond_its_original_context(tmp_path: Path) -> None:
     model = save_tiny(tmp_path, "phi3-longrope")
     base = load_tiny(tmp_path)
