@@ -7,7 +7,7 @@ tokens would make 64 x 49152 logits where 12 are learned; for a base with 128,25
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,14 +37,25 @@ def base_loss(causal: Any, batch: Batch, device: torch.device) -> torch.Tensor:
 
 def causal_loss(causal: Any, inputs: ModelInputs, batch: Batch, device: torch.device) -> torch.Tensor:
     """Sum of -log p over the learned tokens of the batch, whose ids are in `inputs` after `virtual` positions."""
+    return causal_losses(causal, inputs, batch, device, [len(batch.ids)])[0]
+
+
+def causal_losses(
+    causal: Any, inputs: ModelInputs, batch: Batch, device: torch.device, shares: Sequence[int]
+) -> list[torch.Tensor]:
+    """The same for each of several groups of neighbouring rows, `shares` rows each, after one forward pass."""
     targets = batch.labels[:, 1:].to(device)
-    learned = targets != IGNORED
     arguments = {**inputs.arguments, **_packing(batch, causal.dtype, device), "use_cache": False}
-    if any(getattr(causal.config, key, None) not in (None, 1, 1.0) for key in CHANGED_LOGITS):
-        logits = causal(**arguments).logits[:, inputs.virtual : -1][learned]
-        return F.cross_entropy(logits.float(), targets[learned], reduction="sum")
-    hidden = causal.base_model(**arguments).last_hidden_state[:, inputs.virtual : -1][learned]
-    return _head_loss(causal.get_output_embeddings(), hidden, targets[learned])
+    whole = any(getattr(causal.config, key, None) not in (None, 1, 1.0) for key in CHANGED_LOGITS)
+    found = causal(**arguments).logits if whole else causal.base_model(**arguments).last_hidden_state
+    head = torch.nn.Identity() if whole else causal.get_output_embeddings()
+    losses = []
+    for rows, wanted in zip(
+        found[:, inputs.virtual : -1].split(list(shares)), targets.split(list(shares)), strict=True
+    ):
+        learned = wanted != IGNORED
+        losses.append(_head_loss(head, rows[learned], wanted[learned]))
+    return losses
 
 
 def _head_loss(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

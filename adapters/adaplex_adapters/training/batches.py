@@ -48,6 +48,24 @@ def pad_batch(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
     return Batch(ids, labels, learned, sum(len(e.ids) for e in examples), parts)
 
 
+def join_batches(batches: Sequence[Batch], pad_id: int) -> Batch:
+    """The rows of all, in order, padded to the longest."""
+    longest = max(batch.ids.shape[1] for batch in batches)
+
+    def padded(rows: torch.Tensor, value: int) -> torch.Tensor:
+        return torch.nn.functional.pad(rows, (0, longest - rows.shape[1]), value=value)
+
+    packed = any(batch.parts is not None for batch in batches)
+    parts = [torch.zeros_like(b.ids) if b.parts is None else b.parts for b in batches]
+    return Batch(
+        torch.cat([padded(b.ids, pad_id) for b in batches]),
+        torch.cat([padded(b.labels, IGNORED) for b in batches]),
+        sum(b.learned for b in batches),
+        sum(b.tokens for b in batches),
+        torch.cat([padded(p, -1) for p in parts]) if packed else None,
+    )
+
+
 def ordered_batches(examples: Sequence[EncodedExample], size: int, pad_id: int) -> Iterator[Batch]:
     """Every example once, sorted by length; for measuring."""
     ordered = sorted(examples, key=lambda e: (len(e.ids), e.line))

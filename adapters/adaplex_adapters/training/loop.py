@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,28 +52,44 @@ class Course:
         self._trained = list(adapter.trained().values())
         self._optimizer = make_optimizer(self._trained, options, rate, device)
         self._scaler = loss_scaler(options, device)
+        self._loss = torch.zeros((), device=device)
 
     def advance(self, batches: Iterator[Batch]) -> StepReport:
         """One update from the next `accumulation` batches. Its gradient is the mean over all their learned tokens.
 
         Raises InvalidRequest when the loss is no longer finite.
         """
-        group = list(itertools.islice(batches, self._options.accumulation))
-        learned = max(1, sum(b.learned for b in group))
+        group = self.take(batches)
+        self.learn(group)
+        return self.update(group)
+
+    def take(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The batches of the next step."""
+        return list(itertools.islice(batches, self._options.accumulation))
+
+    def learn(self, group: Sequence[Batch]) -> None:
+        """Forward and backward over the batches of a step."""
         self._adapter.model.train()
-        total = torch.zeros((), device=self._device)
         for batch in group:
             with mixed(self._options, self._device):
-                loss = answer_loss(self._adapter, batch, self._device) / learned
-            self._scaler.scale(loss).backward()
-            total += loss.detach()
+                loss = answer_loss(self._adapter, batch, self._device)
+            self.share_of(loss, group).backward()
+
+    def share_of(self, loss: torch.Tensor, group: Sequence[Batch]) -> torch.Tensor:
+        """What one batch's summed loss adds to the step's, to call backward on; it is remembered for the report."""
+        share = loss / max(1, sum(b.learned for b in group))
+        self._loss = self._loss + share.detach()
+        return self._scaler.scale(share)
+
+    def update(self, group: Sequence[Batch]) -> StepReport:
+        """Change the weights by the gradients that are there. Raises InvalidRequest when the loss is not finite."""
         used = self._rate * rate_at(self.step, self._steps, self._options.warmup, self._options.schedule)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self._options.clip or math.inf)
-        loss_value = float(total)
-        if not math.isfinite(loss_value):
+        loss, self._loss = float(self._loss), torch.zeros((), device=self._device)
+        if not math.isfinite(loss):
             raise InvalidRequest(
-                f"training diverged: the loss of step {self.step + 1} is {loss_value}; use a lower learning rate than "
+                f"training diverged: the loss of step {self.step + 1} is {loss}; use a lower learning rate than "
                 f"{self._rate:g}",
                 param="learning_rate",
             )
@@ -83,7 +99,7 @@ class Course:
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return StepReport(self.step, loss_value, used, float(norm), sum(b.tokens for b in group))
+        return StepReport(self.step, loss, used, float(norm), sum(b.tokens for b in group))
 
     def state(self) -> CourseState:
         """A copy that later steps do not change."""

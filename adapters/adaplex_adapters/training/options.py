@@ -79,7 +79,10 @@ class TrainOptions:
         20, ADAPTER, "Soft prompts: their length in tokens.", "num_virtual_tokens", within=(1, 4096)
     )
     prompt_init_text: str | None = _option(
-        None, ADAPTER, "Prompt tuning: begin as the embedding of this text.", "prompt_tuning_init_text"
+        None,
+        ADAPTER,
+        "Prompt and prefix tuning: begin as this text (else as random tokens).",
+        "prompt_tuning_init_text",
     )
     prefix_projection: bool = _option(False, ADAPTER, "Prefix tuning: learn the prefix through an MLP.")
     encoder_hidden_size: int | None = _option(
@@ -239,8 +242,8 @@ class TrainOptions:
             found.append(("prefix_tuning needs the cache that gradient_checkpointing turns off", "method"))
         if self.dora and self.init in ("pissa", "loftq"):
             found.append((f"dora begins at the base's own weights, so init={self.init} does not go with it", "init"))
-        if self.prompt_init_text is not None and self.method != PROMPT:
-            found.append(("prompt_init_text belongs to method prompt_tuning", "prompt_init_text"))
+        if self.prompt_init_text is not None and self.method not in (PROMPT, PREFIX):
+            found.append(("prompt_init_text belongs to prompt_tuning and prefix_tuning", "prompt_init_text"))
         if self.best_by not in ("loss", *self.metrics):
             found.append((f"best_by is {self.best_by!r}, which is neither loss nor one of the metrics", "best_by"))
         return found

@@ -108,9 +108,10 @@ def train_rows(
     check_replaceable(out)
     for note in rows.report.notes(options.max_length):
         progress.note(note)
-    run = Run(rows, base, options, progress, surroundings)
+    run = Run(rows, base, attach_adapter(base, options), options, progress, surroundings)
     try:
-        run.train()
+        for group in run.train():
+            run.course.learn(group)
         return run.finish(out)
     finally:
         run.adapter.detach()
@@ -120,7 +121,13 @@ class Run:
     """One adapter's training. Owns the course, the best weights and the record of what happened."""
 
     def __init__(
-        self, rows: Rows, base: FrozenBase, options: TrainOptions, progress: Progress, surroundings: Surroundings
+        self,
+        rows: Rows,
+        base: FrozenBase,
+        adapter: TrainedAdapter,
+        options: TrainOptions,
+        progress: Progress,
+        surroundings: Surroundings,
     ) -> None:
         self._rows, self._base, self._options = rows, base, options
         self._progress, self._around = progress, surroundings
@@ -128,26 +135,30 @@ class Run:
         self._pad = pad_id(base.tokenizer)
         self._steps = count_steps(len(self._learned), options)
         reset_peak(base.device)
-        self.adapter: TrainedAdapter = attach_adapter(base, options)
+        self.adapter = adapter
         self._parameters = sum(p.numel() for p in self.adapter.trained().values())
         rate = options.rate(base.hidden_size)
-        self._course = Course(self.adapter, options, self._steps, rate, base.device)
+        self.course = Course(self.adapter, options, self._steps, rate, base.device)
         self._measuring = Measuring(base, self.adapter, rows, options, self._pad)
         self._best_weights: dict[str, torch.Tensor] = {}
         self._kept = _Kept()
         self._digest = run_digest(rows, base, options)
 
-    def train(self) -> None:
-        """Steps until the end, from the beginning or from the latest checkpoint."""
+    def train(self) -> Iterator[list[Batch]]:
+        """Steps until the end, from the beginning or from the latest checkpoint. Yields the batches of each step:
+        whoever drives the run makes their gradients (`course.learn`) before going on.
+        """
         count, held = len(self._rows.train), len(self._rows.held_out)
         self._progress.note(f"{count} rows to learn, {held} held out, {self._parameters:,} weights to train")
         if not self._resume():
             self._measure_base()
-        self._progress.begin(self._steps, self._course.step)
+        self._progress.begin(self._steps, self.course.step)
         batches = self._batches()
         began = time.monotonic()
-        while self._course.step < self._steps:
-            report = self._course.advance(batches)
+        while self.course.step < self._steps:
+            group = self.course.take(batches)
+            yield group
+            report = self.course.update(group)
             self._record(report)
             self._progress.step(report)
             stopping = self._around.stop()
@@ -160,8 +171,8 @@ class Run:
             if stopped_early:
                 self._progress.note(f"stopped early: no better measurement in {self._options.early_stopping} of them")
                 break
-            if stopping and self._course.step < self._steps:
-                raise Paused(self._course.step)
+            if stopping and self.course.step < self._steps:
+                raise Paused(self.course.step)
         self._progress.end()
 
     def finish(self, out: Path) -> TrainResult:
@@ -170,7 +181,7 @@ class Run:
         if self._options.keep_best and self._best_weights:
             _load(self.adapter, self._best_weights)
         self.adapter.settle(SAVED_DTYPE)
-        after = self._measuring.adapter(self._course.step)
+        after = self._measuring.adapter(self.course.step)
         if after is not None:
             self._progress.note(f"held-out loss of the result: {after.loss:.4f}")
         record = self._record_of(out, best, after)
@@ -180,7 +191,7 @@ class Run:
         return record.result
 
     def _batches(self) -> Iterator[Batch]:
-        done = self._course.step * self._options.accumulation
+        done = self.course.step * self._options.accumulation
         return shuffled_batches(self._learned, self._options.batch_size, self._pad, self._options.seed, done)
 
     def _resume(self) -> bool:
@@ -189,7 +200,7 @@ class Run:
             return False
         _load(self.adapter, found.weights)
         self._best_weights = found.best
-        self._course.restore(found.course)
+        self.course.restore(found.course)
         self._kept = _Kept(**found.kept)
         self._progress.note(f"going on after step {found.step} of {self._steps}")
         return True
@@ -203,7 +214,7 @@ class Run:
 
     def _measure(self) -> bool:
         """Measure, keep the weights if they are the best so far. Returns whether to stop early."""
-        found = self._measuring.adapter(self._course.step)
+        found = self._measuring.adapter(self.course.step)
         if found is None:
             return False
         name, best = self._options.best_by, self._kept.best
@@ -223,13 +234,13 @@ class Run:
             return
         best = None if self._kept.best is None else int(self._kept.best["step"])
         weights = {name: p.detach().cpu().clone() for name, p in self.adapter.trained().items()}
-        state = Checkpoint(self._digest, self._course.state(), weights, self._best_weights, asdict(self._kept))
+        state = Checkpoint(self._digest, self.course.state(), weights, self._best_weights, asdict(self._kept))
         options = self._options
         path = self._around.checkpoints.write(state, options.save_total_limit, best, options.save_only_model)
-        self._progress.saved(self._course.step, path)
+        self._progress.saved(self.course.step, path)
 
     def _due(self, strategy: str, every: int, at_end: bool) -> bool:
-        step = self._course.step
+        step = self.course.step
         if step == self._steps:
             return at_end and strategy != "no"
         if strategy == "steps":
@@ -251,7 +262,7 @@ class Run:
             held_out=len(rows.held_out),
             too_long=len(rows.report.too_long),
             parameters=self._parameters,
-            steps=self._course.step,
+            steps=self.course.step,
             tokens=kept.tokens,
             seconds=kept.seconds,
             loss_first=kept.curve[0][1],

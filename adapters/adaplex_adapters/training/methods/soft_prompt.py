@@ -19,6 +19,8 @@ from adaplex_adapters.training.methods.adapter import AdapterFiles, ModelInputs
 from adaplex_adapters.training.methods.peft_adapter import config_fields
 from adaplex_adapters.training.options import P_TUNING, PREFIX, PROMPT, TrainOptions
 
+_OTHER_CACHES = ("bloom", "gpt_bigcode")
+"""Families for which PEFT turns keys or values round."""
 _SHAPE_FIELDS = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
 
 
@@ -110,21 +112,45 @@ def soft_prompt_model(model: Any, tokenizer: Any, options: TrainOptions) -> Any:
     made.prompt_encoder.float()
     if options.method == PROMPT:
         _begin_with_tokens(made, tokenizer, options)
+    if options.method == PREFIX and not options.prefix_projection:
+        _begin_with_keys(made, tokenizer, options)
     return made
 
 
 @torch.no_grad()
 def _begin_with_tokens(model: Any, tokenizer: Any, options: TrainOptions) -> None:
-    """Prompts begin as embeddings of real tokens: of the given text over and over, or drawn from the vocabulary.
-    Gaussian ones (PEFT's default) are far from anything that the base has seen.
+    """Prompts begin as embeddings of real tokens. Gaussian ones (PEFT's default) are far from anything that the base
+    has seen.
     """
+    words = model.word_embeddings
+    chosen = _first_tokens(tokenizer, options).to(words.weight.device)
+    model.prompt_encoder["default"].embedding.weight.copy_(words(chosen).float())
+
+
+@torch.no_grad()
+def _begin_with_keys(model: Any, tokenizer: Any, options: TrainOptions) -> None:
+    """Prefixes begin as the keys and values of real tokens (Li and Liang 2021, section 7.4), where the base's cache
+    has the form that PEFT gives it: [rows, heads, tokens, width] in every layer. Elsewhere they begin as PEFT's do.
+    """
+    config, base = model.peft_config["default"], model.get_base_model()
+    weight = model.prompt_encoder["default"].embedding.weight
+    heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
+    chosen = _first_tokens(tokenizer, options).to(weight.device)
+    cache = base(input_ids=chosen[None], use_cache=True).past_key_values
+    layers = [(layer.keys, layer.values) for layer in getattr(cache, "layers", [])]
+    wanted = (1, heads, options.virtual_tokens, width)
+    if base.config.model_type in _OTHER_CACHES or any(t.shape != wanted for pair in layers for t in pair):
+        return
+    # [tokens, layers, key or value, heads, width]
+    both = torch.stack([torch.stack(pair) for pair in layers])[:, :, 0].permute(3, 0, 1, 2, 4)
+    weight.copy_(both.reshape(options.virtual_tokens, -1).float())
+
+
+def _first_tokens(tokenizer: Any, options: TrainOptions) -> torch.Tensor:
+    """Ids of the given text over and over, or ordinary ones drawn from the vocabulary."""
     count = options.virtual_tokens
     if options.prompt_init_text is not None:
         ids = tokenizer.encode(options.prompt_init_text, add_special_tokens=False) or [0]
-        chosen = torch.tensor([ids[i % len(ids)] for i in range(count)])
-    else:
-        ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
-        chosen = ordinary[torch.randint(len(ordinary), (count,))]
-    words = model.word_embeddings
-    weight = model.prompt_encoder["default"].embedding.weight
-    weight.copy_(words(chosen.to(words.weight.device)).float())
+        return torch.tensor([ids[i % len(ids)] for i in range(count)])
+    ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    return ordinary[torch.randint(len(ordinary), (count,))]
