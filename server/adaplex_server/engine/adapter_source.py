@@ -10,20 +10,27 @@ from collections.abc import Callable
 
 import torch
 
-from adaplex_adapters.spec import LoraAdapter
+from adaplex_adapters.spec import Adapter
 from adaplex_server.engine.host_arena import HostArena
 from adaplex_server.engine.image_files import ImageFiles
 from adaplex_server.model.adapter_image import AdapterImage, ImageLayout, lay_out
+from adaplex_server.model.base import Base
 
 
 class AdapterSource:
-    """read: an adapter from the store, its content verified. files: None where images are not kept."""
+    """read: an adapter from the store, its content verified. base: what they are for. files: None where images are not kept."""
 
     def __init__(
-        self, read: Callable[[str], LoraAdapter], layout: ImageLayout, arena: HostArena, files: ImageFiles | None = None
+        self,
+        read: Callable[[str], Adapter],
+        base: Base | None,
+        layout: ImageLayout,
+        arena: HostArena,
+        files: ImageFiles | None = None,
     ) -> None:
         self.layout = layout
         self._read = read
+        self._base = base
         self._arena = arena
         self._files = files
 
@@ -40,7 +47,7 @@ class AdapterSource:
             if image is None:
                 self._arena.give(taken)
                 taken = []
-                image = lay_out(self._read(revision), self.layout, take)
+                image = lay_out(self._read(revision), self.layout, take, self._base)
         except BaseException:
             self._arena.give(taken)
             raise

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adaplex_server.model.adapter_image import AdapterImage, pages_of_rank
+from adaplex_server.model.adapter_image import AdapterImage
 
 log = logging.getLogger("adaplex.engine")
 _READS = 2
@@ -99,7 +99,7 @@ class HostAdapters:
     def rank_pages(self, revision: str) -> int | None:
         """Pages of the device's pool that it needs; None if it is not here."""
         image = self._images.get(revision)
-        return None if image is None else pages_of_rank(image.rank)
+        return None if image is None else len(image.pages)
 
     def want(self, absent: Sequence[str], needed: Collection[str]) -> None:
         """Start to read the first of `absent`, while few reads are under way and the `needed` ones leave room."""

@@ -14,7 +14,7 @@ from adaplex_adapters.errors import InvalidAdapter, StartupError, Unavailable
 from adaplex_server.engine.executor import Executor
 from adaplex_server.engine.row import Row, Work
 from adaplex_server.model.adapter_image import AdapterImage, ImageLayout
-from adaplex_server.model.adapter_pool import AdapterPool, clear_slot, place_soft_prompt
+from adaplex_server.model.adapter_pool import AdapterPool, clear_slot, place_beside
 from adaplex_server.model.adapter_writer import AdapterWriter
 from adaplex_server.vocabulary import SamplingParams
 
@@ -42,10 +42,10 @@ class AdapterMemory:
         assert self._writer is not None, "a slot was given out where there is none"
         return self._writer
 
-    def place_soft_prompt(self, slot: int, image: AdapterImage) -> None:
-        """Bring the image's soft prompt to its slot, if it has one."""
+    def place_beside(self, slot: int, pages: tuple[int, ...], image: AdapterImage) -> None:
+        """Bring to its slot what the image has beside rank rows."""
         assert self._pool is not None, "a slot was given out where there is none"
-        place_soft_prompt(self._pool, slot, image)
+        place_beside(self._pool, slot, pages, image)
 
     def clear(self, slot: int) -> None:
         """Nobody's weights are in the slot any more."""
@@ -83,7 +83,7 @@ class LoraDevice:
             raise InvalidAdapter(f"only {image.used} of the adapter's {image.given} tensors have a place in this base")
         with _out_of_memory_refuses():
             self._memory.writer.start(slot, pages, image)
-            self._memory.place_soft_prompt(slot, image)
+            self._memory.place_beside(slot, pages, image)
         self._virtual[slot] = 0 if image.soft is None else min(len(image.soft), VIRTUAL_PROBE_TOKENS)
 
     def landed(self, slot: int) -> bool:

@@ -116,7 +116,7 @@ class Residency:
             self._fail(read.revision, error if isinstance(error, AdaplexError) else InternalError(repr(error)))
             return
         rank, most = read.result.rank, self._slots.pages_per_slot
-        if pages_of_rank(rank) > most:
+        if pages_of_rank(rank) > most or len(read.result.pages) > self._slots.total_pages:
             rows = most * RANK_PAGE
             what = f"rank {rank} does not fit: this server takes ranks up to {rows} (max_rank, adapter_bytes)"
             self._fail(read.revision, InvalidAdapter(what))

@@ -1,8 +1,9 @@
 """A linear for few tokens on the GPU whose end is left to whoever takes its result, so that both are one launch.
 
-    y[t, n] = (sum of the parts + scaling * h[t] . B[:, n]) * scale[t, n] + bias[n]
+    y[t, n] = (sum of the parts + scaling * h[t] . B[:, n]) * f[t, n] + bias[n] * g[t, n]
 
-in float32, where h = A x is the token's own adapter's (absent for the base) and scale the token's own vector, if any.
+in float32, where h = A x is the token's own adapter's (absent for the base), and f and g are the token's own factors,
+if any (`kernels.factors`).
 `finished` gives y as a tensor; `finish_activation`, `finish_add_norm` and `finish_rotary` go on with it before it is
 rounded. Sums follow an order that the linear and the token's own adapter fix.
 """
@@ -37,7 +38,9 @@ class Shrunk:
 
 @dataclass(frozen=True)
 class OutputScale:
-    """vectors [P, N] float32; index [T] int32: each token's vector, negative for none."""
+    """A token's factors are those of pool rows index and index + 1 of vectors [pool rows, N], added; of its bias those
+    of the two rows after them. index [T] int32: negative for none.
+    """
 
     vectors: torch.Tensor
     index: torch.Tensor
@@ -131,5 +134,12 @@ def reference(y: Unfinished, slots: list[int], pages: dict[int, tuple[int, ...]]
     if y.scale is not None:
         for token, index in enumerate(y.scale.index.tolist()):
             if index >= 0:
-                total[token] *= y.scale.vectors[index]
-    return total if y.bias is None else total + y.bias.float()
+                total[token] *= y.scale.vectors[index : index + 2].float().sum(0)
+    if y.bias is None:
+        return total
+    bias = y.bias.float().expand(total.shape).clone()
+    if y.scale is not None:
+        for token, index in enumerate(y.scale.index.tolist()):
+            if index >= 0:
+                bias[token] *= y.scale.vectors[index + 2 : index + 4].float().sum(0)
+    return total + bias

@@ -1,8 +1,8 @@
 """An adapter laid out as the device's pool has it, in host memory: what is copied when it comes to the device.
 
 An image is whole pages of RANK_PAGE rank rows, each one contiguous, so that a page is one copy however many layers and
-linears it serves. Rows beyond a module's own rank, and modules that the adapter does not target, are zero. Owns
-nothing.
+linears it serves. Rows beyond a module's own rank, and modules that the adapter does not target, are zero. The
+factors of an adapter that has some (DoRA, IA3) are one page more, its last (`model.factors`). Owns nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter
-from adaplex_adapters.spec import LoraAdapter, LoraModule
+from adaplex_adapters.spec import Adapter, LoraModule
+from adaplex_server.model.base import Base
 from adaplex_server.model.config import ModelConfig
+from adaplex_server.model.factors import factors_of, place_factors
 from adaplex_server.model.families import LinearTargets, linear_targets, module_paths
 from adaplex_server.model.served_kinds import refuse_unserved
 from adaplex_server.model.soft_prompt import SoftPrompt, soft_prompt_of
@@ -113,6 +115,11 @@ class AdapterImage:
     soft: SoftPrompt | None = None
 
     @property
+    def factor_page(self) -> int | None:
+        """Which of its pages holds factors."""
+        return len(self.pages) - 1 if len(self.pages) > pages_of_rank(self.rank) else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of host memory."""
         soft = 0 if self.soft is None else self.soft.nbytes
@@ -125,19 +132,21 @@ def pages_of_rank(rank: int) -> int:
 
 
 @torch.inference_mode()
-def lay_out(adapter: LoraAdapter, layout: ImageLayout, take: TakePages) -> AdapterImage:
-    """The adapter's image, in pages from `take`. InvalidAdapter if a value is not finite in the layout's dtype, or the
-    adapter has a part that has no place in an image.
+def lay_out(adapter: Adapter, layout: ImageLayout, take: TakePages, base: Base | None = None) -> AdapterImage:
+    """The adapter's image, in pages from `take`. base: what it is for; a DoRA's factors depend on its weights.
+    InvalidAdapter if a value is not finite in the layout's dtype, or the adapter has a part that has no place in an
+    image.
     """
     refuse_unserved(adapter)
     rank = max((module.a.shape[0] for module in adapter.modules.values()), default=0)
-    pages = tuple(take(pages_of_rank(rank)))
+    factors = factors_of(adapter, base, layout.config)
+    pages = tuple(take(pages_of_rank(rank) + (factors is not None)))
     for page in pages:
         page.zero_()
     scaling = torch.zeros(layout.scalings)
     used = column = 0
     for linear, part in layout.parts.items():
-        views = [layout.of_linear(page, linear) for page in pages]
+        views = [layout.of_linear(page, linear) for page in pages[: pages_of_rank(rank)]]
         for layer in range(layout.config.num_layers):
             for target, path in enumerate(module_paths(layout.config, layer, linear)):
                 module = adapter.modules.get(path)
@@ -149,6 +158,8 @@ def lay_out(adapter: LoraAdapter, layout: ImageLayout, take: TakePages) -> Adapt
                 scaling[layer, column + target] = module.scaling
                 used += 2
         column += len(part.targets.names)
+    if factors is not None:
+        used += place_factors(factors, {linear: layout.of_linear(pages[-1], linear) for linear in layout.parts})
     if not all(_finite(page) for page in pages):
         raise _too_large(adapter, layout.dtype)
     soft = soft_prompt_of(adapter, layout.dtype)
@@ -172,7 +183,7 @@ def _finite(page: torch.Tensor) -> bool:
     return int((page.view(as_integer) & exponent).max()) != exponent
 
 
-def _too_large(adapter: LoraAdapter, dtype: torch.dtype) -> InvalidAdapter:
+def _too_large(adapter: Adapter, dtype: torch.dtype) -> InvalidAdapter:
     for path, module in adapter.modules.items():
         if not all(bool(torch.isfinite(half.to(dtype)).all()) for half in (module.a, module.b)):
             return InvalidAdapter(f"{path}: a weight is too large for {dtype}")

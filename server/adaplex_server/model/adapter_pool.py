@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter
-from adaplex_adapters.spec import LoraAdapter
+from adaplex_adapters.spec import Adapter
 from adaplex_server.model.adapter_image import RANK_PAGE, AdapterImage, ImageLayout, lay_out
+from adaplex_server.model.base import Base
 from adaplex_server.model.batch import NO_ADAPTER
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import LinearTargets, linear_targets
@@ -48,14 +49,17 @@ class AdapterPool:
 
     slot_pages: [S, Q] int32, the pages of a slot in rank order, unused entries 0. slot_page_count: [S] int32. Page 0
     belongs to nobody and stays zero.
-    host_pages: the host's own copy, slot -> pages, replaced (never edited) when a slot changes. soft: slot -> its
-    adapter's soft prompt, on the device.
+    host_pages: the host's own copy, slot -> pages, replaced (never edited) when a slot changes. slot_factor: [S] int32,
+    the first pool row of the slot's page of factors, -1 without one; factor_rows: the same on the host, of those that
+    have one. soft: slot -> its adapter's soft prompt, on the device.
     """
 
     linears: Mapping[str, LinearPool]
     slot_pages: torch.Tensor
     slot_page_count: torch.Tensor
     host_pages: dict[int, tuple[int, ...]]
+    slot_factor: torch.Tensor
+    factor_rows: dict[int, int] = field(default_factory=dict)
     soft: dict[int, SoftPrompt] = field(default_factory=dict)
 
 
@@ -90,37 +94,52 @@ def allocate_pool(
         slot_pages=zeros(slots, max_pages_per_slot, of=torch.int32),
         slot_page_count=zeros(slots, of=torch.int32),
         host_pages={},
+        slot_factor=torch.full((slots,), -1, dtype=torch.int32, device=device),
     )
 
 
 @torch.inference_mode()
 def write_adapter(
-    pool: AdapterPool, config: ModelConfig, slot: int, pages: tuple[int, ...], adapter: LoraAdapter
+    pool: AdapterPool,
+    config: ModelConfig,
+    slot: int,
+    pages: tuple[int, ...],
+    adapter: Adapter,
+    base: Base | None = None,
 ) -> int:
-    """Bring an adapter to `pages` and make them `slot`'s, at once. Returns the number of tensors that found their place
-    (two a module).
+    """Bring an adapter to `pages` and make them `slot`'s, at once. base: needed for a DoRA. Returns the number of
+    tensors that found their place.
 
     Whatever the pages held before is overwritten. Raises InvalidAdapter if a value is not finite in the pool's dtype
     or the pages are too few; the slot is empty then.
     """
     clear_slot(pool, slot)
-    rank = max((module.a.shape[0] for module in adapter.modules.values()), default=0)
-    check_pages(pool, pages, rank)
     layout = ImageLayout.of(config, next(iter(pool.linears.values())).a.dtype)
-    image = lay_out(adapter, layout, lambda count: torch.empty(count, layout.page_values, dtype=layout.dtype).unbind())
+    image = lay_out(
+        adapter, layout, lambda count: torch.empty(count, layout.page_values, dtype=layout.dtype).unbind(), base
+    )
+    check_pages(pool, pages, image)
     device = pool.slot_pages.device
     for page, values in zip(pages, image.pages, strict=False):
         write_page(pool, layout, page, values.to(device))
     for page in pages[len(image.pages) :]:
         write_page(pool, layout, page, torch.zeros(layout.page_values, dtype=layout.dtype, device=device))
-    write_slot(pool, slot, pages, torch.tensor(pages, dtype=torch.int32).to(device), image.scaling.to(device))
-    place_soft_prompt(pool, slot, image)
+    own = rank_pages(image, pages)
+    write_slot(pool, slot, own, torch.tensor(own, dtype=torch.int32).to(device), image.scaling.to(device))
+    place_beside(pool, slot, pages, image)
     return image.used
 
 
 @torch.inference_mode()
-def place_soft_prompt(pool: AdapterPool, slot: int, image: AdapterImage) -> None:
-    """Bring the image's soft prompt, if it has one, to the device; in the current stream's order."""
+def place_beside(pool: AdapterPool, slot: int, pages: tuple[int, ...], image: AdapterImage) -> None:
+    """Make the image's factors (in the last of `pages`) and its soft prompt the slot's, as far as it has them; in the
+    current stream's order.
+    """
+    row = -1 if image.factor_page is None else pages[image.factor_page] * RANK_PAGE
+    pool.slot_factor[slot].fill_(row)
+    pool.factor_rows.pop(slot, None)
+    if row >= 0:
+        pool.factor_rows[slot] = row
     pool.soft.pop(slot, None)
     if image.soft is not None:
         pool.soft[slot] = image.soft.on(pool.slot_pages.device)
@@ -131,10 +150,17 @@ def with_rank(slots: Iterable[int], host_pages: Mapping[int, tuple[int, ...]]) -
     return tuple(slot if slot >= 0 and host_pages[slot] else NO_ADAPTER for slot in slots)
 
 
-def check_pages(pool: AdapterPool, pages: tuple[int, ...], rank: int) -> None:
-    """Raise InvalidAdapter if an adapter of this rank does not fit these pages, or they a slot."""
-    if rank > len(pages) * RANK_PAGE or len(pages) > pool.slot_pages.shape[1]:
-        raise InvalidAdapter(f"an adapter of rank {rank} does not fit {len(pages)} pages of {RANK_PAGE} rank rows")
+def rank_pages(image: AdapterImage, pages: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the pages given for an image that hold rank rows."""
+    return pages if image.factor_page is None else pages[: image.factor_page]
+
+
+def check_pages(pool: AdapterPool, pages: tuple[int, ...], image: AdapterImage) -> None:
+    """Raise InvalidAdapter if the image does not fit these pages, or its rank a slot."""
+    if len(image.pages) > len(pages) or len(rank_pages(image, pages)) > pool.slot_pages.shape[1]:
+        raise InvalidAdapter(
+            f"an adapter of rank {image.rank} does not fit {len(pages)} pages of {RANK_PAGE} rank rows"
+        )
 
 
 def write_page(pool: AdapterPool, layout: ImageLayout, page: int, values: torch.Tensor) -> None:
@@ -173,6 +199,8 @@ def clear_slot(pool: AdapterPool, slot: int) -> None:
     """No pages and no scaling in the slot. The pages' content stays until they are written again; nothing reads it."""
     pool.host_pages.pop(slot, None)
     pool.soft.pop(slot, None)
+    pool.factor_rows.pop(slot, None)
+    pool.slot_factor[slot].fill_(-1)
     pool.slot_page_count[slot].fill_(0)
     pool.slot_pages[slot] = 0
     for linear in pool.linears.values():

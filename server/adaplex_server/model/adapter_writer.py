@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from adaplex_server.model.adapter_image import AdapterImage, ImageLayout
-from adaplex_server.model.adapter_pool import AdapterPool, check_pages, page_rows, write_page, write_slot
+from adaplex_server.model.adapter_pool import AdapterPool, check_pages, page_rows, rank_pages, write_page, write_slot
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ class AdapterWriter:
         No step that has not ended may read the slot or the pages. The slot may be used once `landed` says so; until
         then it is not to be started again.
         """
-        check_pages(self._pool, pages, image.rank)
+        check_pages(self._pool, pages, image)
         pages = pages[: len(image.pages)]
         if self._stream is None:
             for page, values in zip(pages, image.pages, strict=True):
                 write_page(self._pool, self._layout, page, values)
-            write_slot(self._pool, slot, pages, torch.tensor(pages, dtype=torch.int32), image.scaling)
+            own = rank_pages(image, pages)
+            write_slot(self._pool, slot, own, torch.tensor(own, dtype=torch.int32), image.scaling)
         else:
             self._launch(self._stream, slot, pages, image)
 
@@ -69,7 +70,8 @@ class AdapterWriter:
         from adaplex_server.kernels.gpu.strided_copy import copy_rows
 
         pool, device = self._pool, self._pool.slot_pages.device
-        small = self._fill_small(pages, image)
+        own = rank_pages(image, pages)
+        small = self._fill_small(own, image)
         launched = torch.cuda.current_stream(device).record_event()
         with torch.cuda.stream(stream):
             for page, values in zip(pages, image.pages, strict=True):
@@ -81,7 +83,7 @@ class AdapterWriter:
             stream.wait_event(launched)
             count = image.scaling.numel()
             scaling = on_device[:count].view(torch.float32).view(image.scaling.shape)
-            write_slot(pool, slot, pages, on_device[count : count + len(pages)], scaling)
+            write_slot(pool, slot, own, on_device[count : count + len(own)], scaling)
             self._flights[slot] = _Flight(stream.record_event(), image, small)
 
     def _fill_small(self, pages: tuple[int, ...], image: AdapterImage) -> torch.Tensor:

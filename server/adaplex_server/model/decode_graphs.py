@@ -20,7 +20,7 @@ import torch
 
 from adaplex_server.kernels.feed import feed_tokens, likeliest
 from adaplex_server.kernels.lora_tiles import tile_count
-from adaplex_server.model.adapter_pool import with_rank
+from adaplex_server.model.adapter_pool import AdapterPool, with_rank
 from adaplex_server.model.decode_inputs import DecodeInputs, DecodeRows, DecodeShape
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.kv_cache import KvCache
@@ -83,7 +83,7 @@ class DecodeGraphs:
     def run(self, rows: DecodeRows) -> Decoded | None:
         """One step; None if these rows fit no shape, or the device has no memory to capture theirs."""
         if self._decoder.pool is not None:
-            rows = replace(rows, slots=list(with_rank(rows.slots, self._decoder.pool.host_pages)))
+            rows = self._with_adapters(rows, self._decoder.pool)
         shape = self._shape_of(rows)
         captured = None if shape is None else self._obtain(shape)
         if captured is None:
@@ -112,6 +112,17 @@ class DecodeGraphs:
                     if rows * context <= _MOST_POSITIONS and (not tiles or self._rank_pages):
                         yield DecodeShape(rows, context, tiles, self._rank_pages[0] if tiles else 0)
 
+    @staticmethod
+    def _with_adapters(rows: DecodeRows, pool: AdapterPool) -> DecodeRows:
+        """The rows with what their adapters are: those without rank rows have no part in the LoRA, and some have
+        factors.
+        """
+        factors: tuple[int, ...] = ()
+        if pool.factor_rows:
+            factors = tuple(pool.factor_rows.get(slot, -1) for slot in rows.slots)
+        slots = list(with_rank(rows.slots, pool.host_pages))
+        return replace(rows, slots=slots, factors=factors if any(row >= 0 for row in factors) else ())
+
     def _shape_of(self, rows: DecodeRows) -> DecodeShape | None:
         count, context = len(rows.tokens), max(rows.positions) + 1
         if count > self._rows[-1] or context > self._contexts[-1]:
@@ -122,13 +133,13 @@ class DecodeGraphs:
             return None
         used = {slot for slot in rows.slots if slot >= 0}
         if not used:
-            return DecodeShape(bucket, context, 0, 0)
+            return DecodeShape(bucket, context, 0, 0, bool(rows.factors))
         assert self._decoder.pool is not None, "a row has an adapter where none is served"
         host_pages = self._decoder.pool.host_pages
         pages = max(len(host_pages[slot]) for slot in used)
         pages = _fitting(self._rank_pages, pages)
         for tiles in _tile_counts(bucket):
-            shape = DecodeShape(bucket, context, tiles, pages)
+            shape = DecodeShape(bucket, context, tiles, pages, bool(rows.factors))
             if tiles == bucket or tile_count(rows.slots, shape.tile_tokens) <= tiles:
                 return shape
         raise AssertionError("each row is a tile at most")
@@ -173,7 +184,7 @@ class DecodeGraphs:
     def _step(self, inputs: DecodeInputs, shape: DecodeShape) -> None:
         plan = self._decoder.lora_plan(inputs.tiles) if shape.tiles else None
         feed_tokens(inputs.batch.tokens, inputs.sources, self._tokens)
-        logits = self._decoder.compute(inputs.batch, self._kv, plan)
+        logits = self._decoder.compute(inputs.batch, self._kv, plan, inputs.factors)
         likeliest(logits, *(whole[: shape.rows] for whole in (self._logits, self._best, self._tokens)))
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from adaplex_server.kernels.factors import FactorPlan
 from adaplex_server.kernels.lora_tiles import FEW_TILE, FEW_TOKENS, SMALL_TILE, LoraTiles, decode_tiles
 from adaplex_server.model.batch import NO_ADAPTER, StepBatch
 
@@ -27,7 +28,8 @@ class DecodeRows:
     """Rows that compute one token each. Of each row: the token, its position, the row's KV pages (at least those up to
     that position; the same list until it stands for other pages, but for new ones at its end), its adapter slot or
     NO_ADAPTER, and the source of its token: GIVEN, or its place in the step before, which chooses it (`tokens` is then
-    unused). No sources: all are given.
+    unused). No sources: all are given. factors: the first pool row of each row's factors, -1 for none; empty where no
+    row has any.
     """
 
     tokens: list[int]
@@ -35,18 +37,21 @@ class DecodeRows:
     pages: list[list[int]]
     slots: list[int]
     sources: Sequence[int] = ()
+    factors: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class DecodeShape:
     """The most that a captured step serves. rows; context: positions of a row; tiles: of tokens that share an adapter,
-    0 for the base alone, as many as rows where each row is a tile; rank_pages: of an adapter.
+    0 for the base alone, as many as rows where each row is a tile; rank_pages: of an adapter; factors: whether rows may
+    have some.
     """
 
     rows: int
     context: int
     tiles: int
     rank_pages: int
+    factors: bool = False
 
     @property
     def tile_tokens(self) -> int:
@@ -59,7 +64,7 @@ class DecodeShape:
 @dataclass(frozen=True)
 class _Parts:
     """Views of one int64 buffer: the first three [R] int64, the others int32 as in `StepBatch` and `LoraTiles`.
-    sources: [R], as in `DecodeRows`.
+    sources, factors: [R], as in `DecodeRows`.
     """
 
     tokens: torch.Tensor
@@ -67,6 +72,7 @@ class _Parts:
     kv_slots: torch.Tensor
     contexts: torch.Tensor
     sources: torch.Tensor
+    factors: torch.Tensor
     slots: torch.Tensor
     order: torch.Tensor
     tiles: torch.Tensor
@@ -75,21 +81,31 @@ class _Parts:
     @staticmethod
     def length(shape: DecodeShape, width: int) -> int:
         """Of the buffer, in int64."""
-        return 3 * shape.rows + -(-((4 + width) * shape.rows + 3 * shape.tiles) // 2)
+        return 3 * shape.rows + -(-((5 + width) * shape.rows + 3 * shape.tiles) // 2)
 
     @staticmethod
     def of(buffer: torch.Tensor, shape: DecodeShape, width: int) -> _Parts:
         rows, tiles = shape.rows, 3 * shape.tiles
-        sizes = [rows, rows, rows, rows, tiles, rows * width]
-        contexts, sources, slots, order, tile, table = buffer[3 * rows :].view(torch.int32)[: sum(sizes)].split(sizes)
+        sizes = [rows, rows, rows, rows, rows, tiles, rows * width]
+        narrow = buffer[3 * rows :].view(torch.int32)[: sum(sizes)].split(sizes)
+        contexts, sources, factors, slots, order, tile, table = narrow
         tokens, positions, kv_slots = buffer[: 3 * rows].split(rows)
         return _Parts(
-            tokens, positions, kv_slots, contexts, sources, slots, order, tile.view(-1, 3), table.view(rows, width)
+            tokens,
+            positions,
+            kv_slots,
+            contexts,
+            sources,
+            factors,
+            slots,
+            order,
+            tile.view(-1, 3),
+            table.view(rows, width),
         )
 
 
 class DecodeInputs:
-    """Owns one shape's pinned memory and device memory. `batch`, `tiles` and `sources` are views of the latter."""
+    """Owns one shape's pinned memory and device memory. `batch`, `tiles`, `factors`, `sources`: views of the latter."""
 
     def __init__(self, shape: DecodeShape, page_size: int, device: torch.device) -> None:
         rows, width = shape.rows, -(-shape.context // page_size)
@@ -109,6 +125,7 @@ class DecodeInputs:
         parts = _Parts.of(self._device, shape, width)
         self.batch = _batch(parts, shape)
         self.sources = parts.sources
+        self.factors = FactorPlan(parts.factors, ()) if shape.factors else None
         self._shape = shape
         slots = parts.slots if shape.rows <= FEW_TOKENS else None
         self.tiles = LoraTiles(parts.order, parts.tiles, shape.tile_tokens, shape.rank_pages, slots)
@@ -124,6 +141,7 @@ class DecodeInputs:
         host["positions"][:count] = positions
         host["contexts"][:count] = positions + 1
         host["sources"][:count] = rows.sources or GIVEN
+        host["factors"][:count] = rows.factors or -1
         table = host["table"]
         for row, pages in enumerate(rows.pages):
             if pages is not self._pages[row] or len(pages) != self._counts[row]:
@@ -150,6 +168,7 @@ class DecodeInputs:
         self._used = count
         host["tokens"][rest] = host["positions"][rest] = 0
         host["sources"][rest] = GIVEN
+        host["factors"][rest] = -1
         host["kv_slots"][rest] = -1
         host["contexts"][rest] = 1
         host["table"][rest, 0] = 0

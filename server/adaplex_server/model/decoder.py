@@ -22,11 +22,12 @@ import torch.nn.functional as F
 
 from adaplex_server.kernels import dense
 from adaplex_server.kernels.attention import AttentionRows, attention, attention_rows
+from adaplex_server.kernels.factors import FactorPlan, plan_factors
 from adaplex_server.kernels.finish import Unfinished, finish_add_norm, finish_rotary, finished
 from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, plan_lora
 from adaplex_server.kernels.lora_tiles import LoraTiles
 from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
-from adaplex_server.model.adapted_linear import adapted_activation, adapted_linear
+from adaplex_server.model.adapted_linear import Factored, adapted_activation, adapted_linear
 from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, with_rank
 from adaplex_server.model.alibi import alibi_slopes
 from adaplex_server.model.base import Base, NormWeights
@@ -47,6 +48,7 @@ class _Step:
     lora: LoraPlan | None
     kv_slots: torch.Tensor
     soft: tuple[tuple[VirtualSpan, SoftPrompt], ...]
+    factors: FactorPlan | None
 
 
 class Decoder:
@@ -78,7 +80,10 @@ class Decoder:
         batch.
         """
         lora = self._lora.plan(batch.row_tokens, batch.row_slots) if self._lora is not None else None
-        return self.compute(batch, kv, lora)
+        factors = None
+        if self.pool is not None:
+            factors = plan_factors(batch.row_tokens, batch.row_slots, self.pool.factor_rows, self.base.device)
+        return self.compute(batch, kv, lora, factors)
 
     def lora_plan(self, tiles: LoraTiles) -> LoraPlan:
         """What `compute` needs to serve the adapters of these tiles, whatever is in them by then."""
@@ -86,12 +91,14 @@ class Decoder:
         return self._lora.of(tiles)
 
     @torch.inference_mode()
-    def compute(self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None) -> torch.Tensor:
+    def compute(
+        self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None, factors: FactorPlan | None = None
+    ) -> torch.Tensor:
         """As `forward`, with the adapters laid out by the caller. On a GPU it reads only shapes and the batch's tuples
         from the host and never waits, so that a CUDA graph can hold it.
         """
         config = self.base.config
-        step = self._step(batch, kv, lora)
+        step = self._step(batch, kv, lora, factors)
         x = self._embed(batch)
         delta: torch.Tensor | Unfinished | None = None
         for layer in range(config.num_layers):
@@ -125,7 +132,7 @@ class Decoder:
         assert self.pool is not None, "a row has an adapter where none is served"
         return tuple((span, self.pool.soft[span.slot]) for span in batch.virtual)
 
-    def _step(self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None) -> _Step:
+    def _step(self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None, factors: FactorPlan | None) -> _Step:
         config = self.base.config
         rows = attention_rows(
             batch.token_start, batch.context_lens, batch.page_table, batch.row_tokens, batch.row_contexts,
@@ -134,7 +141,7 @@ class Decoder:
         rotation = local = step_rotation(batch.positions, *self._tables, self.base.dtype)
         if self._local_tables is not None:
             local = step_rotation(batch.positions, *self._local_tables, self.base.dtype)
-        return _Step(rotation, local, rows, lora, batch.kv_slots, self._soft_prompts(batch))
+        return _Step(rotation, local, rows, lora, batch.kv_slots, self._soft_prompts(batch), factors)
 
     def _layer(
         self, layer: int, x: torch.Tensor, delta: torch.Tensor | Unfinished | None, kv: KvCache, step: _Step
@@ -204,11 +211,19 @@ class Decoder:
     def _mlp(self, layer: int, x: torch.Tensor, step: _Step) -> torch.Tensor | Unfinished:
         base = self.base.layers[layer].linears[self._up]
         activation, gated = self.base.config.activation, self._family.gated
-        inner = adapted_activation(base, x, step.lora, self._up, layer, activation, gated)
+        factors = self._factored(layer, self._up, step)
+        inner = adapted_activation(base, x, step.lora, self._up, layer, activation, gated, factors)
         return self._linear(layer, "down", inner, step)
 
     def _linear(self, layer: int, linear: str, x: torch.Tensor, step: _Step) -> torch.Tensor | Unfinished:
-        return adapted_linear(self.base.layers[layer].linears[linear], x, step.lora, linear, layer)
+        base = self.base.layers[layer].linears[linear]
+        return adapted_linear(base, x, step.lora, linear, layer, self._factored(layer, linear, step))
+
+    def _factored(self, layer: int, linear: str, step: _Step) -> Factored | None:
+        if step.factors is None or self.pool is None:
+            return None
+        rows = self.pool.linears[linear]
+        return Factored(step.factors, rows.a[layer], rows.b[layer])
 
     def _norm(
         self, x: torch.Tensor, delta: torch.Tensor | Unfinished | None, weights: NormWeights

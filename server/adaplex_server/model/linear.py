@@ -20,6 +20,11 @@ class Linear(Protocol):
     @property
     def out_features(self) -> int: ...
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[out_features], or None."""
+        ...
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def dequantized(self) -> torch.Tensor:

@@ -10,9 +10,7 @@ def refuse_unserved(adapter: Adapter) -> None:
     """Raise InvalidAdapter, with the kind and what is missing, when the decoder would leave out a part of it."""
     modules = adapter.modules.values()
     parts = {
-        "magnitudes (DoRA)": any(module.magnitude is not None for module in modules),
         "an adapted embedding": any(module.embedding for module in modules),
-        "factors (IA3)": bool(adapter.scales),
         "bottlenecks": bool(adapter.bottlenecks),
         "replaced weights": bool(adapter.replaced),
         "copies of the base's weights": bool(adapter.base_copies),
@@ -21,6 +19,6 @@ def refuse_unserved(adapter: Adapter) -> None:
     if found:
         raise InvalidAdapter(
             f"this server cannot serve adapters of kind {adapter.spec.kind} with {found} yet; it serves low-rank "
-            "adapters of linears (LoRA, rsLoRA, and AdaLoRA, VeRA, LoHa and LoKr, which are read as such) and soft "
-            "prompts (prompt tuning, P-tuning, prefix tuning)"
+            "adapters of linears (LoRA, rsLoRA, DoRA, and AdaLoRA, VeRA, LoHa and LoKr, which are read as such), IA3 "
+            "and soft prompts (prompt tuning, P-tuning, prefix tuning)"
         )

@@ -51,8 +51,8 @@ class Case:
         self.parts = parts if splits > 1 else parts.to(dtype)
         self.bias = torch.randn(n, dtype=dtype, device=device)
         self.starts = [0, *accumulate(count for count, _ in MIXED)]
-        self.vectors = torch.rand(3, n, device=device) + 0.5
-        self.index = torch.randint(-1, 3, (self.tokens,), device=device, dtype=torch.int32)
+        self.vectors = torch.rand(12, n, device=device) + 0.25
+        self.index = 4 * torch.randint(-1, 3, (self.tokens,), device=device, dtype=torch.int32)
 
     def rows(self, row: int) -> slice:
         return slice(self.starts[row], self.starts[row + 1])
@@ -77,10 +77,12 @@ class Case:
         for row, (_, slot) in enumerate(MIXED):
             if slot >= 0:
                 total[self.rows(row)] += self.pool.delta(self.x[self.rows(row)], slot)
+        bias = self.bias.double().expand(total.shape)
         if scaled:
-            ones = torch.ones(1, total.shape[1], device=total.device)
-            total *= torch.cat((self.vectors, ones))[self.index.long()].double()
-        return total + self.bias.double()
+            own = (self.index >= 0)[:, None]
+            factor, kept = self.vectors.double().view(3, 2, 2, -1).sum(2)[self.index.clamp(min=0) // 4].unbind(1)
+            total, bias = torch.where(own, total * factor, total), torch.where(own, bias * kept, bias)
+        return total + bias
 
     def alone(self, run: Callable[[Unfinished, slice], torch.Tensor], together: torch.Tensor) -> None:
         for row in ALONE:

@@ -45,7 +45,7 @@ class Place:
                 raise StorageFailed("gone")
             return self.adapter
 
-        return AdapterSource(read, self.layout, self.arena, files)
+        return AdapterSource(read, None, self.layout, self.arena, files)
 
     def path(self) -> Path:
         return self.folder / self.layout.key() / self.revision

@@ -23,6 +23,15 @@ class SplitLinear:
     def out_features(self) -> int:
         return sum(part.out_features for part in self.parts)
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Those of the parts, side by side; a part without one has zeros."""
+        if all(part.bias is None for part in self.parts):
+            return None
+        like = next(part.bias for part in self.parts if part.bias is not None)
+        zeros = [like.new_zeros(part.out_features) if part.bias is None else part.bias for part in self.parts]
+        return torch.cat(zeros)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
