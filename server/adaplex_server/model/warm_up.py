@@ -14,8 +14,8 @@ from adaplex_server.model.batch_builder import RowInput, build_batch
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.kv_cache import KvCache
 
-# One step for each size of tile that a kernel chooses by the number of tokens: up to 16, 32, 64, 128, and more.
-_DECODE_ROWS = (1, 32, 64, 128)
+# One step for each size of tile that a kernel chooses by the number of tokens.
+_DECODE_ROWS = (1, 16, 24, 32, 48, 64, 96, 128)
 _PROMPT_TOKENS = 160
 
 

@@ -24,7 +24,10 @@ _CONFIG = {
 }
 
 
-@pytest.mark.parametrize(("max_tokens", "expected"), [(512, [1, 32, 64, 128, 160]), (40, [1, 32, 40]), (8, [1, 8])])
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"),
+    [(512, [1, 16, 24, 32, 48, 64, 96, 128, 160]), (40, [1, 16, 24, 32, 40]), (8, [1, 8])],
+)
 def test_steps_within_the_limit(max_tokens: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     base = random_base(parse_config(_CONFIG, {}, "tiny"), "none", dtype=torch.float32)
     seen: list[int] = []

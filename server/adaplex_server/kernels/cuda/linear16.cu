@@ -1,8 +1,8 @@
 // The product of few rows with a bfloat16 weight on Hopper: y[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n]).
 //
-// A block takes ROWS = 64 * GROUPS outputs after another. One warp fetches boxes of the weight and of x, 64 k at a time,
-// STAGES ahead, over the ends of its tiles; each of the GROUPS warpgroups multiplies its 64 outputs with TOKENS rows.
-// The order of sums is that of k in steps of 16, whatever TOKENS is.
+// A block takes ROWS = 64 * GROUPS outputs after another. One thread fetches boxes of the weight and of x, 64 k at a
+// time, STAGES ahead, over the ends of its tiles; each of the GROUPS warpgroups multiplies its 64 outputs with TOKENS
+// rows. The order of sums is that of k in steps of 16, whatever TOKENS is.
 //
 // Given by the compiler: TOKENS (8..128), GROUPS (1..4), STAGES, WIDE (float32 results; else bfloat16).
 
@@ -41,7 +41,8 @@ __device__ __forceinline__ void fetch_x(const Pipe &pipe, const TensorMap *x, in
 }
 
 // By one thread.
-__device__ __forceinline__ void produce(const Pipe &pipe, const TensorMap *x, const TensorMap *w, int steps, int tiles, int token) {
+__device__ __forceinline__ void produce(const Pipe &pipe, const TensorMap *x, const TensorMap *w, int steps, int tiles,
+                                        int token) {
   int ahead = min(STAGES, steps);
   if (static_cast<int>(blockIdx.x) < tiles)
     for (int i = 0; i < ahead; i++) fetch_w(pipe, w, i, i, blockIdx.x);
@@ -96,8 +97,8 @@ __device__ __forceinline__ void multiply(float *sums, u32 w, u32 x) {
 
 // grid: (blocks, 1, tiles of TOKENS rows).
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
-    product16(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const u16 *bias, void *y, int m, int n,
-              int steps, int tiles) {
+    product16(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const u16 *bias, void *y, int m,
+              int n, int steps, int tiles) {
   extern __shared__ __align__(1024) u8 memory[];
   u32 base = shared_address(memory);
   Pipe pipe = {base, base + BARRIERS_AT, base + BARRIERS_AT + 8 * STAGES};
@@ -115,6 +116,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   if (group == GROUPS) {
     if (threadIdx.x == CONSUMERS) produce(pipe, &x, &w, steps, tiles, token);
   } else {
+    wait_for_previous_launch();  // before the first store; x comes no earlier
     Turn turn = {0, 0};
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       float sums[TOKENS / 2];
@@ -135,6 +137,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       release(pipe.empty + 8 * before);
       store(sums, y, bias, m, n, token, tile * ROWS + group * 64);
     }
-    wait_for_previous_launch();
   }
 }

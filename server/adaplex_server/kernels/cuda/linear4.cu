@@ -1,9 +1,9 @@
 // The product of few rows with a 4-bit weight on Hopper; `linear4.py` beside it holds the layout and the arithmetic.
 //
-// A block owns ROWS = 64 * GROUPS outputs, TOKENS rows of x and one part of K. One warp fetches: weights, scales and zeros
-// by bulk copies, x by tensor copies, STAGES steps of 128 k ahead, and the weights of the first steps before the launch
-// that computes x has ended. Each of the GROUPS warpgroups expands its 64 outputs in registers, chunk by chunk of 64 k,
-// while the tensor cores multiply the chunk before.
+// A block owns ROWS = 64 * GROUPS outputs, TOKENS rows of x and one part of K. One thread fetches: weights, scales and
+// zeros by bulk copies, x by tensor copies, STAGES steps of 128 k ahead, and the weights of the first steps before the
+// launch that computes x has ended. Each of the GROUPS warpgroups expands its 64 outputs in registers, piece by piece,
+// while the tensor cores multiply the piece before.
 //
 // Given by the compiler: TOKENS (8..128), GROUPS (1..4), STAGES, DEPTH (16 k of a piece: 2 or 4), ZEROS, GROUP (k that
 // share a scale; 128 if more), ROUNDED (bfloat16 results with bias; else float32 parts).
@@ -311,38 +311,46 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   }
 }
 
-// Block (a chunk of 64 k, 64 outputs): the weight's values to out [n, k], bfloat16.
+// The weight's values to out [n, k], bfloat16: tiles of 64 outputs and 64 k, one after another in the order of the
+// words, each turned in shared memory so that rows are written 128 bytes at a time.
 extern "C" __global__ void __launch_bounds__(128)
-    dequantize4(const uint4 *words, const u32 *scales, const u32 *zeros, const __grid_constant__ Values values, u16 *out, int n,
-                int k, int blocks, int span) {
-  __shared__ __align__(16) u8 tile[64 * 144];
+    dequantize4(const uint4 *words, const u32 *scales, const u32 *zeros, const __grid_constant__ Values values,
+                u16 *out, int n, int k, int blocks, int span, int tiles) {
+  __shared__ __align__(128) u8 tile[64 * 144];
+  __shared__ __align__(128) u8 table[256 * 128];
   allow_next_launch();
-  int thread = threadIdx.x, chunk = blockIdx.x, block = blockIdx.y;
-  u32 base = shared_address(tile);
-  uint4 code = words[((static_cast<u64>(chunk / 2) * blocks + block) * 2 + chunk % 2) * 128 + thread];
-  const u32 word[4] = {code.x, code.y, code.z, code.w};
+  int thread = threadIdx.x;
+  u32 base = shared_address(tile), lookup = shared_address(table) + (thread & 31) * 4;
+  for (int at = thread; at < 256 * 32; at += 128)
+    store_shared_4(shared_address(table) + at * 4, round_pair(values.of[(at >> 5) & 15], values.of[at >> 9]));
   int row = (thread >> 5) * 16 + ((thread & 31) >> 2), column = 2 * (thread & 3);
-#pragma unroll
-  for (int c = 0; c < 4; c++) {
-    u64 at = static_cast<u64>(chunk / 2 / span) * blocks + block;
-    at = at * (SCALES / 4) + (chunk % 2 * 64 + c * 16) / GROUP * 32 + (thread >> 2);
-    u32 both = scales[at], lower = ZEROS ? zeros[at] : 0;
-#pragma unroll
-    for (int f = 0; f < 4; f++) {
-      u32 byte = (word[c] >> (8 * f)) & 0xFF;
-      u32 pair = round_pair(values.of[byte & 15], values.of[byte >> 4]);
-      u32 chosen = f & 1 ? 0x3232 : 0x1010;
-      if (ZEROS) pair = subtract_pair(pair, __byte_perm(lower, lower, chosen));
-      pair = multiply_pair(pair, __byte_perm(both, both, chosen));
-      store_shared_4(base + (row + 8 * (f & 1)) * 144 + 2 * (16 * c + 8 * (f >> 1) + column), pair);
-    }
-  }
+  uint4 next = words[static_cast<u64>(blockIdx.x) * 128 + thread];
   wait_for_previous_launch();
-  __syncthreads();
-  for (int at = thread; at < 64 * 8; at += 128) {
-    int r = block * 64 + at / 8, c = chunk * 64 + at % 8 * 8;
-    if (r >= n || c >= k) continue;
-    uint4 v = load_shared_16(base + at / 8 * 144 + at % 8 * 16);
-    *reinterpret_cast<uint4 *>(out + static_cast<u64>(r) * k + c) = v;
+  for (int at = blockIdx.x; at < tiles; at += gridDim.x) {
+    const u32 word[4] = {next.x, next.y, next.z, next.w};
+    if (at + gridDim.x < tiles) next = words[static_cast<u64>(at + gridDim.x) * 128 + thread];
+    int half = at % 2, block = at / 2 % blocks, step = at / 2 / blocks;
+    u64 group = (static_cast<u64>(step / span) * blocks + block) * (SCALES / 4) + (thread >> 2);
+    __syncthreads();  // the table is there, and the tile before has been written out
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      u64 from = group + (half * 64 + c * 16) / GROUP * 32;
+      u32 both = scales[from], lower = ZEROS ? zeros[from] : 0;
+#pragma unroll
+      for (int f = 0; f < 4; f++) {
+        u32 pair = load_shared_4(lookup + ((word[c] >> (8 * f)) & 0xFF) * 128), chosen = f & 1 ? 0x3232 : 0x1010;
+        if (ZEROS) pair = subtract_pair(pair, __byte_perm(lower, lower, chosen));
+        pair = multiply_pair(pair, __byte_perm(both, both, chosen));
+        store_shared_4(base + (row + 8 * (f & 1)) * 144 + 2 * (16 * c + 8 * (f >> 1) + column), pair);
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int r = i * 16 + thread / 8, c = thread % 8 * 8;
+      uint4 v = load_shared_16(base + r * 144 + c * 2);
+      u64 to = static_cast<u64>(block * 64 + r) * k + step * STEP + half * 64 + c;
+      if (block * 64 + r < n && step * STEP + half * 64 + c < k) *reinterpret_cast<uint4 *>(out + to) = v;
+    }
   }
 }

@@ -82,8 +82,7 @@ def product(x: torch.Tensor, weight: Packed4, bias: torch.Tensor | None) -> torc
     cut = choose_cut(n, weight.k)
     tokens = next((count for count in _TOKENS if count >= m), _TOKENS[-1])
     steps, blocks = weight.words.shape[:2]
-    kernel = _product_kernel(cut.groups, tokens, -(-steps // cut.parts), weight.group, weight.zeros is not None,
-                             cut.parts == 1, x.device)  # fmt: skip
+    kernel = _product_kernel(cut, tokens, -(-steps // cut.parts), weight.group, weight.zeros is not None, x.device)
     if x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous()
     parts = torch.empty(cut.parts, m, n, dtype=torch.bfloat16 if cut.parts == 1 else torch.float32, device=x.device)
@@ -111,10 +110,11 @@ def dequantize(weight: Packed4) -> torch.Tensor:
     """The weight [N, K] bfloat16: the very values that `product` multiplies with."""
     steps, blocks = weight.words.shape[:2]
     out = torch.empty(weight.n, weight.k, dtype=torch.bfloat16, device=weight.words.device)
-    constants = _constants(1, 8, 2, 2, weight.group, weight.zeros is not None, False)
+    constants = _constants(Cut(groups=4, parts=1), 8, 2, weight.group, weight.zeros is not None)
     kernel = _kernel("dequantize4", tuple(constants.items()), 128, out.device)
+    tiles = 2 * steps * blocks
     kernel.launch(
-        (2 * steps, blocks, 1),
+        (min(tiles, 5 * _MULTIPROCESSORS), 1, 1),
         (
             pointer(weight.words),
             pointer(weight.scales),
@@ -125,6 +125,7 @@ def dequantize(weight: Packed4) -> torch.Tensor:
             ctypes.c_int(weight.k),
             ctypes.c_int(blocks),
             ctypes.c_int(_span(weight)),
+            ctypes.c_int(tiles),
         ),
     )
     return out
@@ -142,29 +143,24 @@ def _values(kind: Kind) -> _Values:
 
 
 @cache
-def _product_kernel(
-    groups: int, tokens: int, steps: int, group: int, zeros: bool, rounded: bool, device: torch.device
-) -> Kernel:
+def _product_kernel(cut: Cut, tokens: int, steps: int, group: int, zeros: bool, device: torch.device) -> Kernel:
     """steps: of a part; no more are fetched ahead than there are."""
-    depth = 4 if tokens <= 64 else 2
     scales = max(1, layout4.STEP // group) * 2 * layout4.BLOCK * (2 if zeros else 1)
-    step_bytes = tokens * 2 * layout4.STEP + groups * (layout4.BLOCK * layout4.STEP // 2 + scales)
+    step_bytes = tokens * 2 * layout4.STEP + cut.groups * (layout4.BLOCK * layout4.STEP // 2 + scales)
     stages = min(8, max(2, steps), (_SHARED_BYTES - _TABLE_BYTES - 128) // step_bytes)
-    constants = _constants(groups, tokens, stages, depth, group, zeros, rounded)
-    return _kernel("product4", tuple(constants.items()), 128 * groups + 128, device)
+    constants = _constants(cut, tokens, stages, group, zeros)
+    return _kernel("product4", tuple(constants.items()), 128 * cut.groups + 128, device)
 
 
-def _constants(
-    groups: int, tokens: int, stages: int, depth: int, group: int, zeros: bool, rounded: bool
-) -> dict[str, int]:
+def _constants(cut: Cut, tokens: int, stages: int, group: int, zeros: bool) -> dict[str, int]:
     return {
         "TOKENS": tokens,
-        "GROUPS": groups,
+        "GROUPS": cut.groups,
         "STAGES": stages,
-        "DEPTH": depth,
+        "DEPTH": 4 if tokens <= 64 else 2,
         "ZEROS": int(zeros),
         "GROUP": min(group, layout4.STEP),
-        "ROUNDED": int(rounded),
+        "ROUNDED": int(cut.parts == 1),
     }
 
 
