@@ -296,8 +296,6 @@ class Scheduler:
 
     def _next_row(self) -> Row | None:
         preempted = min(self._preempted, key=lambda row: row.order, default=None)
-        if preempted is not None and preempted.unsettled:
-            return None
         for priority in self._waiting.priorities():
             if preempted is not None and preempted.priority <= priority:
                 return preempted
@@ -307,6 +305,8 @@ class Scheduler:
         return preempted
 
     def _begin(self, row: Row) -> None:
+        # Whoever is preempted by a plan or an abandoned step begins in a later plan, and its steps are settled by then.
+        assert not row.unsettled, "a row begins again while a step of its former life is in flight"
         if row.state == "preempted":
             self._preempted.remove(row)
         else:

@@ -105,19 +105,36 @@ def test_an_adapter_is_dropped_when_no_step_in_flight_reads_it() -> None:
     assert world.parts.slots.slot("r1") is None
 
 
-def test_the_step_after_a_failed_row_is_fed_with_a_token_and_its_page_is_zeroed() -> None:
+@pytest.mark.parametrize("stops", [(), tuple(range(0, VOCAB, 2))])
+def test_the_step_after_a_failed_row_is_fed_with_a_token_and_its_page_is_zeroed(stops: tuple[int, ...]) -> None:
+    """With stops, also the page of a row that has ended well and whose wasted place fails."""
     poisoned = f"r{POISON}"
     world = make_world({poisoned: 1}, overlap=True, kv_pages=24, prefix_cache=False)
     failed = 0
     for row in range(60):
-        world.inbox.put(Submit(row, [(row + i) % VOCAB for i in range(3)], sampling(9), poisoned))
+        wish = sampling(9, stop_token_ids=stops)
+        world.inbox.put(Submit(row, [(row + i) % VOCAB for i in range(3)], wish, poisoned))
         world.inbox.put(Submit(100 + row, [row], sampling(9)))
-        world.settle()
+        while world.step() or world.asked:
+            world.deliver()
+            free = world.kv.keys[0][world.parts.pool._free]
+            assert bool(free.isfinite().all()), "a page that a wasted place wrote was given back as it was"
         assert world.ends[100 + row][0].reason == "length"
         failed += world.ends[row][0].error == "RowFailed"
-        assert bool(world.kv.keys[0].isfinite().all()), "a page that a wasted place wrote was not zeroed"
+        assert bool(world.kv.keys[0].isfinite().all())
         assert min(world.model.tokens) >= 0 and max(world.model.tokens) < VOCAB
-    assert 20 < failed < 60 and world.engine.stats().pages_used == 0
+    assert 5 < failed < 60 and world.engine.stats().pages_used == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_pages_of_the_answer_are_found_again(overlap: bool) -> None:
+    world = make_world({}, overlap=overlap)
+    world.inbox.put(Submit(1, PROMPT, sampling(12)))
+    world.settle()
+    world.inbox.put(Submit(2, [*PROMPT, *world.text(1), 5], sampling(1)))
+    world.settle()
+    # Of 9 and 12 tokens the last one was never computed, and a page has 4.
+    assert world.tokens[2][0].cached_tokens == 20
 
 
 class Forgetful(Sampler):
