@@ -243,3 +243,14 @@ def test_configs_of_other_families_as_the_hub_has_them() -> None:
     phi = hub("phi-3-mini-128k")
     assert (phi.rope.kind, phi.rope.original_context, phi.rope.factor) == ("longrope", 4096, 32.0)
     assert phi.rope.attention_factor == pytest.approx(1.190238, abs=1e-6)
+
+
+def test_the_first_gemmas_gelu_is_its_tanh_approximation() -> None:
+    for written in ({"hidden_act": "gelu"}, {"hidden_act": "gelu", "hidden_activation": None}, {}):
+        config = parse_config(
+            {key: value for key, value in LLAMA.items() if key != "model_type"} | {"model_type": "gemma"} | written,
+            {},
+            "m",
+        )
+        assert (config.activation, config.head_dim, config.tied_head) == ("gelu_tanh", 256, True)
+    assert parse(hidden_act="gelu").activation == "gelu"
