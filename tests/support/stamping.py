@@ -24,7 +24,7 @@ from adaplex_server.engine.parts import Parts, connect
 from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.settings import EngineSettings
 from adaplex_server.engine.step_batch import build_step
-from adaplex_server.model.adapter_image import AdapterImage
+from adaplex_server.model.adapter_image import AdapterImage, pages_of_rank
 from adaplex_server.model.batch import StepBatch
 from adaplex_server.model.kv_cache import KvCache
 
@@ -37,7 +37,8 @@ POISON = 900
 
 def fake_adapter(revision: str, rank: int, nbytes: int = 100) -> AdapterImage:
     """An adapter without weights: the stamp is in its name ("r7" is stamp 7)."""
-    return AdapterImage(revision, rank, 0, 0, (torch.empty(nbytes, dtype=torch.uint8),), torch.empty(0))
+    pages = [torch.empty(size, dtype=torch.uint8) for size in (nbytes, *[0] * (pages_of_rank(rank) - 1))]
+    return AdapterImage(revision, rank, 0, 0, tuple(pages), torch.empty(0))
 
 
 def stamp_of(revision: str) -> int:

@@ -18,7 +18,9 @@ from adaplex_server.model.base import Base
 
 
 class AdapterSource:
-    """read: an adapter from the store, its content verified. base: what they are for. files: None where images are not kept."""
+    """read: an adapter from the store, its content verified. base: what they are for. files: None where images are not
+    kept.
+    """
 
     def __init__(
         self,

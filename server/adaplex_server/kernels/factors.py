@@ -9,12 +9,9 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-
-from adaplex_server.model.upload import upload
 
 
 @dataclass(frozen=True)
@@ -25,24 +22,6 @@ class FactorPlan:
 
     index: torch.Tensor
     spans: tuple[tuple[int, int, int], ...]
-
-
-def plan_factors(
-    row_tokens: Sequence[int], row_slots: Sequence[int], factor_rows: Mapping[int, int], device: torch.device
-) -> FactorPlan | None:
-    """For the rows of a step; None when none has factors. factor_rows: of the slots that have some."""
-    spans, begin = [], 0
-    for count, slot in zip(row_tokens, row_slots, strict=True):
-        row = factor_rows.get(slot)
-        if row is not None and count:
-            spans.append((begin, begin + count, row))
-        begin += count
-    if not spans:
-        return None
-    index = [-1] * begin
-    for first, end, row in spans:
-        index[first:end] = [row] * (end - first)
-    return FactorPlan(upload(index, torch.int32, device), tuple(spans))
 
 
 def scale_inputs(x: torch.Tensor, a: torch.Tensor, plan: FactorPlan) -> torch.Tensor:

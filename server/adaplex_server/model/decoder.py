@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from adaplex_server.kernels import dense
 from adaplex_server.kernels.attention import AttentionRows, attention, attention_rows
-from adaplex_server.kernels.factors import FactorPlan, plan_factors
+from adaplex_server.kernels.factors import FactorPlan
 from adaplex_server.kernels.finish import Unfinished, finish_add_norm, finish_rotary, finished
 from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, plan_lora
 from adaplex_server.kernels.lora_tiles import LoraTiles
@@ -32,6 +32,7 @@ from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, with_rank
 from adaplex_server.model.alibi import alibi_slopes
 from adaplex_server.model.base import Base, NormWeights
 from adaplex_server.model.batch import StepBatch, VirtualSpan
+from adaplex_server.model.factors import plan_factors
 from adaplex_server.model.families import FAMILIES
 from adaplex_server.model.kv_cache import KvCache
 from adaplex_server.model.rotary import rotary_tables

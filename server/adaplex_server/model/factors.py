@@ -11,16 +11,18 @@ the factor 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter
 from adaplex_adapters.spec import Adapter, LoraModule
+from adaplex_server.kernels.factors import FactorPlan
 from adaplex_server.model.base import Base
 from adaplex_server.model.config import ModelConfig
 from adaplex_server.model.families import linear_targets, module_paths
+from adaplex_server.model.upload import upload
 
 INPUT_LINEARS = ("o", "down")
 """Where a factor on the input can be served: linears that share their input with nobody."""
@@ -97,3 +99,21 @@ def _dora_factor(base: Base, layer: int, linear: str, span: tuple[int, int], mod
     delta = module.b.to(device).float() @ module.a.to(device).float()
     length = torch.linalg.norm(torch.add(weight, delta, alpha=module.scaling), dim=1).cpu()
     return module.magnitude.float() / length
+
+
+def plan_factors(
+    row_tokens: Sequence[int], row_slots: Sequence[int], factor_rows: Mapping[int, int], device: torch.device
+) -> FactorPlan | None:
+    """For the rows of a step; None when none has factors. factor_rows: of the slots that have some."""
+    spans, begin = [], 0
+    for count, slot in zip(row_tokens, row_slots, strict=True):
+        row = factor_rows.get(slot)
+        if row is not None and count:
+            spans.append((begin, begin + count, row))
+        begin += count
+    if not spans:
+        return None
+    index = [-1] * begin
+    for first, end, row in spans:
+        index[first:end] = [row] * (end - first)
+    return FactorPlan(upload(index, torch.int32, device), tuple(spans))
