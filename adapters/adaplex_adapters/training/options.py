@@ -271,7 +271,7 @@ def learning_rate_for(hidden_size: int, method: str = LORA) -> float:
     Small bases want higher rates: with 576 wide SmolLM2, 2e-4 leaves the demo tasks half learned in the same time.
     """
     lora = min(2e-3, 2e-4 * 4096 / hidden_size)
-    return {PROMPT: 1e-2, P_TUNING: 1e-3, PREFIX: 1e-2, IA3: 1e-2}.get(method, lora)
+    return {PROMPT: 1e-2, P_TUNING: 5e-4, PREFIX: 6e-3, IA3: 1e-2}.get(method, lora)
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:

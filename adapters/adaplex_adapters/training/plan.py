@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,20 @@ def check_plan(plan: Plan, folder: Path, rows: Rows, options: TrainOptions, site
     raise InvalidRequest(
         f"the run needs about {needed:.2f} GiB of memory and {there:.2f} GiB are free; {hint}", param="batch_size"
     )
+
+
+def check_plans_together(plans: Sequence[Plan]) -> None:
+    """Raise InvalidRequest unless runs that share one base and each pass fit at one time."""
+    shared = ("base", "program")
+    once = sum(size for name, size in plans[0].parts if name in shared)
+    total = once + sum(size for plan in plans for name, size in plan.parts if name not in shared)
+    if total * _MARGIN > plans[0].available:
+        needed, there = total / 2**30, plans[0].available / 2**30
+        raise InvalidRequest(
+            f"the {len(plans)} runs need about {needed:.2f} GiB of memory at one time and {there:.2f} GiB are free; "
+            "train fewer together, one after another, or with a smaller batch_size",
+            param="together",
+        )
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from adaplex_adapters.training.loop import StepReport
 from adaplex_adapters.training.measuring import Measurement
@@ -30,10 +31,18 @@ class Progress(Protocol):
     def end(self) -> None: ...
 
 
+class SupportsWrite(Protocol):
+    """What lines are printed to."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> None: ...
+
+
 class LineProgress:
     """A line about every `every` seconds; nothing is rewritten, so logs stay readable."""
 
-    def __init__(self, stream: TextIO, every: float = 10.0) -> None:
+    def __init__(self, stream: SupportsWrite, every: float = 10.0) -> None:
         self._stream, self._every = stream, every
         self._steps = self._done = self._tokens = 0
         self._began = 0.0
@@ -135,6 +144,44 @@ class SeveralProgress:
     def _tell(self, what: str, *arguments: Any) -> None:
         for part in self._parts:
             getattr(part, what)(*arguments)
+
+
+class NamedProgress:
+    """One of several runs: a line about every `every` seconds, with the run's name, to a progress that is shared."""
+
+    def __init__(self, name: str, shared: Progress, every: float = 10.0) -> None:
+        self._name, self._shared = name, shared
+        self._lines = LineProgress(_Notes(self.note), every)
+
+    def note(self, text: str) -> None:
+        self._shared.note(f"{self._name}: {text}")
+
+    def begin(self, steps: int, done: int) -> None:
+        self._lines.begin(steps, done)
+
+    def step(self, report: StepReport) -> None:
+        self._lines.step(report)
+
+    def measured(self, found: Measurement, best: bool) -> None:
+        self._lines.measured(found, best)
+
+    def saved(self, step: int, path: Path) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class _Notes(io.TextIOBase):
+    """A stream whose lines are notes."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            self._note(text.rstrip("\n"))
+        return len(text)
 
 
 def measurement_line(found: Measurement, best: bool) -> str:

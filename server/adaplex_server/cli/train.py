@@ -78,6 +78,12 @@ def train_command(
             rich_help_panel=RUN,
         ),
     ] = [],  # noqa: B006 (typer copies it)
+    together: Annotated[
+        bool,
+        typer.Option(
+            "--together", help="Train the sweep's adapters in the same passes (plain LoRA).", rich_help_panel=RUN
+        ),
+    ] = False,
     memory: Annotated[
         int | None, typer.Option(help="MiB that the run may take. (default: what is free)", rich_help_panel=RUN)
     ] = None,
@@ -106,7 +112,7 @@ def train_command(
     if plan:
         _show_plan(request)
         return
-    results = _train(request, sweep, resume)
+    results = _train(request, sweep, together, resume)
     if not results:
         return
     show(results)
@@ -157,9 +163,9 @@ def _show_plan(request: Any) -> None:
     check_plan(prepared.plan, request.base_folder, prepared.rows, request.options, prepared.site)
 
 
-def _train(request: Any, sweep: Sequence[str], resume: bool) -> dict[str, Any]:
+def _train(request: Any, sweep: Sequence[str], together: bool, resume: bool) -> dict[str, Any]:
     """Results by name, one unless there is a sweep; empty when it was paused."""
-    from adaplex_adapters.training.carry_out import carry_out, carry_out_several
+    from adaplex_adapters.training.carry_out import carry_out, carry_out_several, carry_out_together
     from adaplex_adapters.training.progress import ShownProgress
     from adaplex_adapters.training.stopping import stop_on_signals
     from adaplex_adapters.training.sweep import best_of, variants_of
@@ -170,7 +176,11 @@ def _train(request: Any, sweep: Sequence[str], resume: bool) -> dict[str, Any]:
             if not sweep:
                 return {request.out.name: carry_out(request, resume, progress, stop)}
             inside = dataclasses.replace(request, out=request.work / "variants", work=request.work / "variants.run")
-            results = dict(carry_out_several(inside, variants_of(sweep, request.options), progress, stop))
+            requests = inside.variants(variants_of(sweep, request.options))
+            if together:
+                results = carry_out_together(requests, progress, stop)
+            else:
+                results = dict(carry_out_several(requests, progress, stop))
         except Paused as paused:
             progress.note(f"paused after step {paused.step}; the same command with --resume goes on")
             return {}

@@ -86,10 +86,10 @@ def test_a_paused_run_goes_on(base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert steps == [1, 2, 3] and Path("sums/adapter_config.json").is_file()
 
 
-def test_a_sweep_takes_the_best(base: Path) -> None:
-    shown = run(
-        base, "--max-steps", "2", "--sweep", "rank=2,4", "--sweep", "learning_rate=1e-5,1e-2", "--held-out", "0.3"
-    )
+@pytest.mark.parametrize("way", [(), ("--together",)])
+def test_a_sweep_takes_the_best(way: tuple[str, ...], base: Path) -> None:
+    swept = ("--sweep", "rank=2,4", "--sweep", "learning_rate=1e-5,1e-2")
+    shown = run(base, "--max-steps", "2", "--held-out", "0.3", *swept, *way)
     assert "rank=4-learning_rate=1e-2" in shown and "best: rank=" in shown and "learning_rate=1e-2, copied" in shown
     assert len(list(Path("sums.run/variants").iterdir())) == 4 and Path("sums/adapter_config.json").is_file()
 
