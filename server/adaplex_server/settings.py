@@ -163,7 +163,7 @@ class ServerSettings(BaseModel):
         Field(
             title="Limits",
             ge=16,
-            description="Tokens of one step at most; longer prompts are prefilled in chunks. 512 on a CPU and 2048 on "
+            description="Tokens of one step at most; longer prompts are prefilled in chunks. 512 on a CPU and 4096 on "
             "a GPU unless given.",
         ),
     ] = None
