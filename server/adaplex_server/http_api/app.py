@@ -12,6 +12,8 @@ from adaplex_server.http_api.chat import ChatCompletions
 from adaplex_server.http_api.completions import Completions
 from adaplex_server.http_api.envelope import Envelope
 from adaplex_server.http_api.errors import answer_adaplex_error, answer_routing_error
+from adaplex_server.http_api.files import Files
+from adaplex_server.http_api.fine_tuning import FineTuningJobs
 from adaplex_server.http_api.legacy_lora import LegacyLora
 from adaplex_server.http_api.models import Models
 from adaplex_server.http_api.openapi import Document
@@ -38,6 +40,8 @@ def all_operations(service: Service, settings: HttpSettings) -> tuple[Operation,
         *Completions(service, settings).operations(),
         *Models(service).operations(),
         *Adapters(service, settings).operations(),
+        *Files(service, settings).operations(),
+        *FineTuningJobs(service, settings).operations(),
         *LegacyLora(service, settings).operations(),
         *Status(service).operations(),
     )

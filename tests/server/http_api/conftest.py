@@ -30,10 +30,10 @@ from adaplex_adapters.errors import (
     Unavailable,
 )
 from adaplex_adapters.names import check_name
+from adaplex_server.caller import ANYONE, Caller, Limits
 from adaplex_server.engine.messages import EngineInfo
 from adaplex_server.http_api.server import HttpServer, bind
 from adaplex_server.http_api.settings import HttpSettings
-from adaplex_server.caller import ANYONE, Caller, Limits
 from adaplex_server.service.access.gate import Gate
 from adaplex_server.service.limits import SamplingRequest, build_sampling
 from adaplex_server.service.types import AdapterInfo, ServiceInfo
@@ -141,6 +141,7 @@ class FakeService:
     def __init__(self) -> None:
         self.text = FakeText()
         self.gate = Gate(None, Limits())
+        self.training: Any = None
         self.registry = FakeRegistry()
         self.metrics = FakeMetrics()
         self.running: list[GenerateRequest] = []
@@ -276,9 +277,18 @@ def running_server(service: Any, settings: HttpSettings) -> Iterator[str]:
     server = HttpServer(service, listening, settings)
     address = f"http://127.0.0.1:{server.port}"
 
+    async def live() -> None:
+        if service.training:
+            await service.training.open()
+        try:
+            await server.run()
+        finally:
+            if service.training:
+                await service.training.close()
+
     def serve() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(server.run())
+            runner.run(live())
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()

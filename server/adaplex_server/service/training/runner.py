@@ -17,15 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from adaplex_adapters.durable import disk_errors
-from adaplex_adapters.errors import AdaplexError, Conflict
+from adaplex_adapters.errors import AdaplexError, Conflict, error_named
 from adaplex_server.service.training import told
 from adaplex_server.service.training.ledger import Ledger
 from adaplex_server.service.training.settings import TrainingSettings
-from adaplex_server.service.training.trainer_process import PAUSED, REFUSED, TrainerProcess
+from adaplex_server.service.training.trainer_process import FAILED, PAUSED, SUCCEEDED, TrainerProcess
 from adaplex_server.service.training.types import Checkpoint, Job, JobError, Told, word
 
 log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
+_REPORTS = (".html", ".md", ".png")
+
+JOB_VERSION = 1
+"""Of job.json, as `adaplex_adapters.training.job` reads it."""
 
 Register = Callable[[str, Path], Awaitable[str]]
 
@@ -87,7 +91,7 @@ class JobRunner:
         said = word("The job goes on." if job.attempts else "The job is being trained.")
         began, attempts = job.started or time.time(), job.attempts + 1
         job = await self._ledger.edit(job.id, said, only={"queued"}, status="running", started=began, attempts=attempts)
-        process = await TrainerProcess.start(self._settings.command, folder, self._settings.memory)
+        process = await TrainerProcess.start(self._settings.command, folder)
         self._running = (job.id, process)
         if self._closing or self._ledger.rows.job(job.id).status != "running":
             process.pause()
@@ -109,13 +113,14 @@ class JobRunner:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         elif job.status != "running":
             return
-        elif code == 0 and last is not None and last.kind == "done":
-            await self._finish(job, folder, last)
+        elif code == SUCCEEDED and last is not None and last.type == "succeeded":
+            await self._finish(job, folder, last.result)
         elif code == PAUSED:
             said = word("The trainer was stopped; the job goes on later.")
             await self._ledger.edit(job.id, said, only={"running"}, status="queued", attempts=job.attempts - 1)
-        elif code == REFUSED and last is not None and last.kind == "failed":
-            await self._fail(job.id, JobError(last.code, last.message, last.param))
+        elif code == FAILED and last is not None and last.type == "failed":
+            error = error_named(last.error, last.message)
+            await self._fail(job.id, JobError(error.code or error.type, last.message, last.param))
         else:
             await self._crashed(job, code, tail)
 
@@ -130,29 +135,26 @@ class JobRunner:
         await self._ledger.edit(job.id, said, only={"running"}, status="queued")
         await asyncio.sleep(self._settings.retry_seconds)
 
-    async def _finish(self, job: Job, folder: Path, last: told.Line) -> None:
+    async def _finish(self, job: Job, folder: Path, result: told.Result) -> None:
         """Register the result if it is wanted, keep its files, and only then say that the job has succeeded."""
         words, revision = [], None
-        if last.better_than_base or job.register_worse:
+        if result.better_than_base or job.register_worse:
             revision = await self._register(job.adapter, folder / "result")
             words.append(word(f"The adapter is served as '{job.adapter}'."))
         else:
             what = "On the held-out rows the adapter is no better than the base, so it is not served"
             words.append(word(f"{what}; register_worse: true would serve it.", "warn"))
-        kept = await asyncio.to_thread(self._keep_files, folder / "result", last.files)
+        kept = await asyncio.to_thread(self._keep_files, folder)
         words.append(word("The job has successfully completed."))
         await self._ledger.edit(
             job.id, *words, only={"running"}, status="succeeded", finished=time.time(), revision=revision,
-            result_files=kept, estimated_finish=None,
+            result_files=kept, trained_tokens=result.tokens, estimated_finish=None,
         )  # fmt: skip
 
-    def _keep_files(self, folder: Path, names: list[str]) -> tuple[str, ...]:
-        kept = []
-        for name in names:
-            source = folder / Path(name).name
-            if source.is_file():
-                kept.append(self._ledger.files.take(source, source.name, "fine-tune-results").id)
-        return tuple(kept)
+    def _keep_files(self, folder: Path) -> tuple[str, ...]:
+        """Report, card and plots as files of their own; the adapter itself is in the store, if it is served."""
+        found = sorted(path for path in (folder / "result").iterdir() if path.suffix in _REPORTS)
+        return tuple(self._ledger.files.take(path, path.name, "fine-tune-results").id for path in found)
 
     async def _listen(self, job_id: str) -> told.Line | None:
         """Record what the trainer has said since the last time; its last line."""
@@ -160,23 +162,27 @@ class JobRunner:
         batch = await asyncio.to_thread(told.read_lines, path, self._ledger.rows.job(job_id).consumed)
         if not batch.lines:
             return None
+        measured: told.Line | None = None
         words: list[Told] = []
         checkpoints: list[Checkpoint] = []
         fields: dict[str, Any] = {"consumed": batch.end}
+        step = self._ledger.rows.job(job_id).step
         for line, raw in zip(batch.lines, batch.raw, strict=True):
-            if line.kind == "message":
-                words.append(Told(line.time, line.level, "message", line.message))
-            elif line.kind == "metrics":
-                data = {name: value for name, value in raw.items() if name not in ("kind", "time")}
-                words.append(Told(line.time, "info", "metrics", f"Step {line.step}", data))
+            if line.type == "message":
+                words.append(Told(line.at, "info", "message", line.text))
+            elif line.type in ("step", "evaluation") and line.step is not None:
+                # After a crash the steps since the last checkpoint are told again, with the same figures.
+                if line.type == "step" and line.step <= step:
+                    continue
+                data = {name: value for name, value in raw.items() if name not in ("seq", "at")}
+                words.append(Told(line.at, "info", "metrics", f"{line.type.capitalize()} {line.step}", data))
+                step = max(step, line.step)
                 if line.seconds_left is not None:
-                    fields["estimated_finish"] = line.time + line.seconds_left
-            elif line.kind == "checkpoint":
-                metrics = {name: value for name, value in line.metrics.items() if value is not None}
-                checkpoints.append(Checkpoint(job_id, line.step, line.time, metrics))
-            tokens = line.trained_tokens if line.trained_tokens is not None else line.tokens
-            if tokens is not None:
-                fields["trained_tokens"] = tokens
+                    fields["estimated_finish"] = line.at + line.seconds_left
+                measured = line if line.type == "evaluation" else measured
+            elif line.type == "checkpoint" and line.step is not None:
+                checkpoints.append(Checkpoint(job_id, line.step, line.at, _figures(measured, line.step)))
+        fields["step"] = step
         await self._ledger.edit(job_id, *words, checkpoints=checkpoints, **fields)
         return batch.lines[-1]
 
@@ -189,13 +195,24 @@ class JobRunner:
         """The job's folder, as its process wants to find it."""
         validation = job.validation_file and str(self._ledger.files.path(job.validation_file))
         told_job = {
+            "version": JOB_VERSION,
             "data": str(self._ledger.files.path(job.training_file)),
             "validation": validation,
-            "base": str(self._settings.base),
-            "base_name": self._settings.base_name,
+            "base": {"folder": str(self._settings.base), "name": self._settings.base_name},
+            "out": "result",
             "options": {**job.options, "seed": job.seed},
             "device": self._settings.device,
+            "memory_limit": self._settings.memory,
+            "threads": self._settings.threads,
         }
         with disk_errors("Preparing the job"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (folder / "job.json").write_text(json.dumps(told_job))
+
+
+def _figures(measured: told.Line | None, step: int) -> dict[str, float]:
+    """Of a checkpoint, where it was measured."""
+    if measured is None or measured.step != step:
+        return {}
+    found = {"loss": measured.loss, **measured.metrics}
+    return {name: value for name, value in found.items() if value is not None}

@@ -11,7 +11,8 @@ from adaplex_server.service.training.trainer_process import COMMAND
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """folder: of files and jobs. base: the checkpoint that is served, and its name. memory: bytes of the trainer at
-    most. attempts: starts of a process that crashes, before its job fails.
+    most, None for what is free. threads: of the trainer on a CPU. attempts: starts of a process that crashes, before
+    its job fails.
     """
 
     folder: Path
@@ -19,6 +20,7 @@ class TrainingSettings:
     base_name: str
     device: str = "auto"
     memory: int | None = None
+    threads: int | None = None
     attempts: int = 3
     retry_seconds: float = 5.0
     command: tuple[str, ...] = COMMAND

@@ -1,34 +1,47 @@
-"""Reads what a trainer has appended to its `events.jsonl`. Owns nothing.
+"""Reads what a trainer has appended to its `events.jsonl` (see `adaplex_adapters.training.events`). Owns nothing.
 
-A line is one JSON object with a `kind` of its own ("message", "metrics", "checkpoint", "done", "failed"); a line that
-is not ended yet is left for the next time.
+A line that is not ended yet is left for the next time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 
-class Line(msgspec.Struct, frozen=True):
-    """One line. Fields beyond these are in `rest`."""
+class Result(msgspec.Struct, frozen=True):
+    """What a job tells of its end, as far as it matters here. Losses are on held-out rows, None without any."""
 
-    time: float
-    kind: Literal["message", "metrics", "checkpoint", "done", "failed"]
-    level: Literal["info", "warn", "error"] = "info"
-    message: str = ""
-    code: str = "internal_error"
-    param: str | None = None
-    step: int = 0
+    tokens: int = 0
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+
+    @property
+    def better_than_base(self) -> bool:
+        """Also where nothing was held out: then nobody knows."""
+        if self.held_out_before is None or self.held_out_after is None:
+            return True
+        return self.held_out_after < self.held_out_before
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One line; its own fields are in `raw` too."""
+
+    at: float
+    type: str
+    text: str = ""
+    step: int | None = None
+    tokens: int = 0
     seconds_left: float | None = None
-    tokens: int | None = None
-    trained_tokens: int | None = None
-    better_than_base: bool = True
+    loss: float | None = None
     metrics: dict[str, float | None] = {}
-    files: list[str] = []
+    error: str = "InternalError"
+    message: str = ""
+    param: str | None = None
+    result: Result = Result()
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,12 @@ class Batch:
     """lines: with all their fields in `raw`, at the same places. end: byte after the last of them."""
 
     lines: list[Line]
-    raw: list[dict[str, Any]] = field(default_factory=list)
-    end: int = 0
+    raw: list[dict[str, Any]]
+    end: int
 
 
 def read_lines(path: Path, begin: int) -> Batch:
-    """What stands behind byte `begin`. A line that cannot be read is told as a warning."""
+    """What stands behind byte `begin`. A line that cannot be read is told as a message."""
     try:
         with path.open("rb") as file:
             file.seek(begin)
@@ -54,7 +67,7 @@ def read_lines(path: Path, begin: int) -> Batch:
         try:
             line, raw = msgspec.json.decode(text, type=Line), msgspec.json.decode(text)
         except msgspec.MsgspecError as error:
-            raw = {"kind": "message", "time": 0.0, "level": "warn", "message": f"an unreadable event: {error}"}
+            raw = {"type": "message", "at": 0.0, "text": f"an unreadable event: {error}"}
             line = msgspec.convert(raw, Line)
         batch.lines.append(line)
         batch.raw.append(raw)

@@ -1,21 +1,20 @@
-"""The process that trains one job: started beside the engine with less right to the CPU and a memory limit of its own.
+"""The process that trains one job: started beside the engine, with less right to the CPU.
 
-What it does is told through the job's folder (`events.jsonl`), so that nothing is lost when either side dies; its
-standard input is a pipe that ends with this process, and so does the trainer.
+What it does is told through the job's folder (`events.jsonl`), so that nothing is lost when either side dies.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import signal
 import sys
 from collections import deque
 from pathlib import Path
 
-COMMAND = (sys.executable, "-m", "adaplex_server.cli.train_job")
-REFUSED, PAUSED = 3, 75
+COMMAND = (sys.executable, "-m", "adaplex_server.service.training.child")
+SUCCEEDED, FAILED, PAUSED = 0, 1, 3
+"""Exit codes of `adaplex_adapters.training.job`."""
 _NICE = 10
 _TAIL_LINES = 20
 
@@ -29,19 +28,17 @@ class TrainerProcess:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, command: tuple[str, ...], folder: Path, memory: int | None) -> TrainerProcess:
-        """Start training on a job's folder. memory: bytes of address space at most. Raises OSError."""
+    async def start(cls, command: tuple[str, ...], folder: Path) -> TrainerProcess:
+        """Start training on a job's folder. Raises OSError."""
         process = await asyncio.create_subprocess_exec(
             *command,
             str(folder),
-            stdin=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
         )
         os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)
-        if memory is not None:
-            resource.prlimit(process.pid, resource.RLIMIT_AS, (memory, memory))
         return cls(process)
 
     @property

@@ -38,7 +38,7 @@ class Job:
 
     register_worse: serve the result even if it is no better than the base on the held-out rows. owner: the API key
     that made it. attempts: how often its process has been started. consumed: bytes of what that process has told.
-    result_files: ids of files that it has made.
+    step: the last one that was told. result_files: ids of files that it has made.
     """
 
     id: str
@@ -59,6 +59,7 @@ class Job:
     estimated_finish: float | None = None
     attempts: int = 0
     consumed: int = 0
+    step: int = 0
     revision: str | None = None
     result_files: tuple[str, ...] = ()
     error: JobError | None = None

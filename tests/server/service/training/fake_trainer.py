@@ -1,4 +1,7 @@
-"""A trainer that does as the options say: counts steps in a checkpoint, and ends in the way that is asked for."""
+"""A trainer that does as the options say: counts steps in a checkpoint, and ends in the way that is asked for.
+
+It speaks as `adaplex_adapters.training.events` does.
+"""
 
 import fcntl
 import json
@@ -20,7 +23,7 @@ stopped = False
 
 def tell(kind: str, **fields: object) -> None:
     with (folder / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"kind": kind, "time": time.time(), **fields}) + "\n")
+        file.write(json.dumps({"seq": 1, "at": time.time(), "type": kind, **fields}) + "\n")
 
 
 def on_term(*_: object) -> None:
@@ -29,22 +32,27 @@ def on_term(*_: object) -> None:
 
 
 signal.signal(signal.SIGTERM, on_term)
-tell("message", message=f"from step {begun}")
-for step in range(begun + 1, options.get("steps", 3) + 1):
+tell("started", pid=os.getpid(), resumed_step=begun or None)
+tell("message", text=f"from step {begun}")
+for step in range(max(1, begun), options.get("steps", 3) + 1):  # the last step before a crash is told again
     time.sleep(options.get("pace", 0.01))
-    tell("metrics", step=step, loss=1 / step, tokens=10 * step, seconds_left=1.0)
-    state.write_text(str(step))
-    tell("checkpoint", step=step, metrics={"loss": 1 / step})
+    tell("step", step=step, steps=3, loss=1 / step, tokens=10, seconds_left=1.0)
+    tell("evaluation", step=step, loss=1 / step, perplexity=2.0, metrics={"exact_match": 0.5}, best=True)
+    (folder / "step.new").write_text(str(step))
+    (folder / "step.new").rename(state)
+    tell("checkpoint", step=step, path=f"checkpoints/step-{step}")
     if options.get("crash") == step and not (folder / "crashed").exists():
         (folder / "crashed").write_text("once")
         os.kill(os.getpid(), signal.SIGKILL)
     if options.get("crash") == "always":
         sys.exit("no reason")
     if stopped:
-        sys.exit(75)
+        tell("paused", step=step)
+        sys.exit(3)
 if options.get("refuse"):
-    tell("failed", code="invalid_value", message="line 3 is not JSON", param="training_file")
-    sys.exit(3)
+    tell("failed", error="InvalidRequest", message="line 3 is not JSON", param="training_file")
+    sys.exit(1)
 (folder / "result").mkdir(exist_ok=True)
 (folder / "result" / "report.html").write_text("<p>fine")
-tell("done", trained_tokens=1000, better_than_base=not options.get("worse"), files=["report.html"])
+after = 3.0 if options.get("worse") else 1.0
+tell("succeeded", result={"tokens": 1000, "held_out_before": 2.0, "held_out_after": after, "out": "result"})

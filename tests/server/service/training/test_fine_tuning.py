@@ -66,7 +66,7 @@ class World:
 
     def steps(self, job: Job) -> list[int]:
         events = self.tuning.rows.events(job.id)
-        return [event.told.data["step"] for event in events if event.told.kind == "metrics"]
+        return [event.told.data["step"] for event in events if event.told.data.get("type") == "step"]
 
 
 @pytest_asyncio.fixture
