@@ -25,10 +25,9 @@ from typing import Any
 
 from adaplex_adapters.errors import AdaplexError, InternalError, InvalidRequest, StartupError
 from adaplex_adapters.training.carry_out import TrainRequest, carry_out_in
-from adaplex_adapters.training.events import EVENTS, read_events
 from adaplex_adapters.training.option_names import options_from
 from adaplex_adapters.training.progress import LineProgress
-from adaplex_adapters.training.run_folder import RunFolder, hold
+from adaplex_adapters.training.run_folder import RunFolder, has_succeeded, hold
 from adaplex_adapters.training.stopping import stop_on_signals
 from adaplex_adapters.training.trainer import Paused
 
@@ -42,7 +41,7 @@ def run_job(folder: Path) -> int:
     """Train what job.json says, and return the exit code."""
     try:
         job = read_job(folder)
-        if _has_succeeded(folder):
+        if has_succeeded(folder):
             return SUCCEEDED
         with hold(folder, resume=True) as held:
             return _run(held, folder, job)
@@ -125,15 +124,6 @@ def _limit(job: dict[str, Any]) -> None:
         torch.set_num_threads(int(job["threads"]))
     if job.get("memory_limit") and not torch.cuda.is_available():
         resource.setrlimit(resource.RLIMIT_DATA, (int(job["memory_limit"]),) * 2)
-
-
-def _has_succeeded(folder: Path) -> bool:
-    if not (folder / EVENTS).is_file():
-        return False
-    last = None
-    for last in read_events(folder):  # noqa: B007 (only the last one counts)
-        pass
-    return last is not None and last["type"] == "succeeded"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from adaplex_adapters.durable import disk_errors
 from adaplex_adapters.errors import Conflict
 from adaplex_adapters.training.checkpoints import Checkpoints
-from adaplex_adapters.training.events import EVENTS, EventLog
+from adaplex_adapters.training.events import EVENTS, EventLog, read_events
 
 LOCK, CHECKPOINTS = "lock", "checkpoints"
 
@@ -32,9 +32,10 @@ class RunFolder:
 
 @contextmanager
 def hold(path: Path, resume: bool, every: int = 1) -> Iterator[RunFolder]:
-    """Hold the folder, which is made if needed. Without `resume` what an earlier run left in it goes away.
+    """Hold the folder, which is made if needed. Without `resume` what a finished run left in it goes away.
 
-    Raises Conflict while another process holds it, StorageFailed when the disk refuses.
+    Raises Conflict while another process holds it, or without `resume` where an unfinished run left checkpoints;
+    StorageFailed when the disk refuses.
     """
     with disk_errors("Opening the folder of the run"):
         path.mkdir(parents=True, exist_ok=True)
@@ -45,11 +46,26 @@ def hold(path: Path, resume: bool, every: int = 1) -> Iterator[RunFolder]:
         except BlockingIOError as error:
             raise Conflict(f"another process is training in {path.name}", param="out") from error
         if not resume:
+            if Checkpoints(path / CHECKPOINTS).steps() and not has_succeeded(path):
+                raise Conflict(
+                    f"{path.name} holds the checkpoints of an unfinished run: go on with --resume, or remove the folder",
+                    param="resume",
+                )
             Checkpoints(path / CHECKPOINTS).clear()
             (path / EVENTS).unlink(missing_ok=True)
         yield RunFolder(path, EventLog(path, every))
     finally:
         os.close(lock)
+
+
+def has_succeeded(path: Path) -> bool:
+    """Whether the run in a folder came to its end."""
+    if not (path / EVENTS).is_file():
+        return False
+    last = None
+    for last in read_events(path):  # noqa: B007 (only the last one counts)
+        pass
+    return last is not None and last["type"] == "succeeded"
 
 
 def is_held(path: Path) -> bool:

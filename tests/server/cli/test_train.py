@@ -13,7 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from adaplex_adapters.errors import AdaplexError, InvalidRequest
+from adaplex_adapters.errors import AdaplexError, Conflict, InvalidRequest
 from adaplex_adapters.training.events import read_events
 from adaplex_server.cli.train import train_command
 from adaplex_server.cli.train_options import TrainCommand
@@ -81,9 +81,12 @@ def test_a_paused_run_goes_on(base: Path, monkeypatch: pytest.MonkeyPatch) -> No
         patch.setattr("adaplex_adapters.training.progress.LineProgress", StopsItself)
         run(base, "--max-steps", "3")
     assert not Path("sums").exists()
+    with pytest.raises(Conflict, match="--resume"):
+        run(base, "--max-steps", "3")
     run(base, "--max-steps", "3", "--resume")
     steps = [event["step"] for event in read_events(Path("sums.run")) if event["type"] == "step"]
     assert steps == [1, 2, 3] and Path("sums/adapter_config.json").is_file()
+    run(base, "--max-steps", "1")  # a finished one makes way
 
 
 @pytest.mark.parametrize("way", [(), ("--together",)])
