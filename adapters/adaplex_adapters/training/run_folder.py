@@ -48,7 +48,7 @@ def hold(path: Path, resume: bool, every: int = 1) -> Iterator[RunFolder]:
         if not resume:
             if Checkpoints(path / CHECKPOINTS).steps() and not has_succeeded(path):
                 raise Conflict(
-                    f"{path.name} holds the checkpoints of an unfinished run: go on with --resume, or remove the folder",
+                    f"{path.name} holds checkpoints of an unfinished run: go on with --resume, or remove the folder",
                     param="resume",
                 )
             Checkpoints(path / CHECKPOINTS).clear()
