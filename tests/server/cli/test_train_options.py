@@ -48,7 +48,7 @@ def test_the_options_of_the_documents_are_taken_under_their_usual_names() -> Non
     )
     options = run(*typed.split())
     assert options == TrainOptions(
-        learning_rate=1e-5, batch_size=1, accumulation=8, rank=32, alpha=64, dropout=0.05, max_length=2048,
+        learning_rate=1e-5, batch_size=1, accumulation=8, rank=32, alpha=64, dropout=0.05, max_length=2048, epochs=3,
         targets=("q_proj", "v_proj", "k_proj", "o_proj"), weight_decay=0.01, save_only_model=True, quantize="nf4",
         precision="bf16", optimizer="paged_adam",
     )  # fmt: skip

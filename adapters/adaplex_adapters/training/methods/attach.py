@@ -58,7 +58,10 @@ def _fresh(model: Any, base: FrozenBase, options: TrainOptions) -> TrainedAdapte
 
 
 def _set_checkpointing(model: Any, wanted: bool) -> None:
+    # transformers has renamed it; versions from before know the older name alone.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if wanted:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif getattr(model, "is_gradient_checkpointing", False):
-        model.gradient_checkpointing_disable()
+        enable = getattr(model, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    elif getattr(model, f"is_{name}_checkpointing", False):
+        getattr(model, f"{name}_checkpointing_disable")()
