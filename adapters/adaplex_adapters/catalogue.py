@@ -23,15 +23,16 @@ from adaplex_adapters.errors import NotFound, StartupError, StorageFailed
 from adaplex_adapters.names import check_name
 from adaplex_adapters.spec import AdapterSpec
 
-SCHEMA_VERSION = 2
-SOURCES = ("upload", "folder", "trainer")
+SCHEMA_VERSION = 3
+SOURCES = ("upload", "folder", "trainer", "composition")
 _APPLICATION_ID = 0x41445058  # "ADPX"
 _SCHEMA = f"""
 CREATE TABLE adapters (
     name TEXT PRIMARY KEY, generation INTEGER NOT NULL, created REAL NOT NULL, source TEXT NOT NULL,
     revision TEXT NOT NULL, kind TEXT NOT NULL, rank INTEGER NOT NULL, targets TEXT NOT NULL,
     parameters INTEGER NOT NULL, nbytes INTEGER NOT NULL, base_model TEXT NOT NULL,
-    virtual_tokens INTEGER NOT NULL DEFAULT 0, bottleneck_size INTEGER NOT NULL DEFAULT 0
+    virtual_tokens INTEGER NOT NULL DEFAULT 0, bottleneck_size INTEGER NOT NULL DEFAULT 0,
+    parts TEXT NOT NULL DEFAULT '[]'
 ) STRICT;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 INSERT INTO counters VALUES ('generation', 0);
@@ -39,7 +40,8 @@ PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 _FIRST_COLUMNS = "name, generation, created, source, revision, kind, rank, targets, parameters, nbytes, base_model"
-_COLUMNS = f"{_FIRST_COLUMNS}, virtual_tokens, bottleneck_size"
+_SECOND_COLUMNS = f"{_FIRST_COLUMNS}, virtual_tokens, bottleneck_size"
+_COLUMNS = f"{_SECOND_COLUMNS}, parts"
 # From a version to the next one; what is new has the value that it would have had.
 _UPGRADES = {
     1: """
@@ -49,18 +51,36 @@ ALTER TABLE adapters ADD COLUMN bottleneck_size INTEGER NOT NULL DEFAULT 0;
 PRAGMA user_version = 2;
 COMMIT;
 """,
+    2: """
+BEGIN IMMEDIATE;
+ALTER TABLE adapters ADD COLUMN parts TEXT NOT NULL DEFAULT '[]';
+PRAGMA user_version = 3;
+COMMIT;
+""",
 }
 
 
 @dataclass(frozen=True)
+class Lineage:
+    """One adapter of which a composition was made: its name and revision then, and the weight that it was given."""
+
+    name: str
+    weight: float
+    revision: str
+
+
+@dataclass(frozen=True)
 class CatalogueEntry:
-    """One name. created: when put, in seconds since 1970. source: one of SOURCES. generation: grows with every put."""
+    """One name. created: when put, in seconds since 1970. source: one of SOURCES. generation: grows with every put.
+    parts: of a composition, in their order.
+    """
 
     name: str
     spec: AdapterSpec
     created: float
     source: str
     generation: int
+    parts: tuple[Lineage, ...] = ()
 
 
 class Catalogue:
@@ -83,16 +103,16 @@ class Catalogue:
             os.close(self._held)
             raise
 
-    def put(self, name: str, spec: AdapterSpec, source: str) -> CatalogueEntry:
+    def put(self, name: str, spec: AdapterSpec, source: str, parts: tuple[Lineage, ...] = ()) -> CatalogueEntry:
         """Point `name` at the adapter, whatever it pointed at before."""
         check_name(name)
         assert source in SOURCES, source
         with self._changing("Recording the adapter") as connection:
             connection.execute("UPDATE counters SET value = value + 1 WHERE name = 'generation'")
             (generation,) = connection.execute("SELECT value FROM counters WHERE name = 'generation'").fetchone()
-            entry = CatalogueEntry(name, spec, time.time(), source, generation)
+            entry = CatalogueEntry(name, spec, time.time(), source, generation, parts)
             connection.execute(
-                f"INSERT OR REPLACE INTO adapters ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO adapters ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 _row(entry),
             )
         return entry
@@ -248,7 +268,8 @@ def _version(connection: sqlite3.Connection) -> int:
 
 def _columns(connection: sqlite3.Connection) -> str:
     """What can be selected, also from a catalogue that has not been upgraded."""
-    return _COLUMNS if _version(connection) > 1 else f"{_FIRST_COLUMNS}, 0, 0"
+    known = {1: f"{_FIRST_COLUMNS}, 0, 0, '[]'", 2: f"{_SECOND_COLUMNS}, '[]'"}
+    return known.get(_version(connection), _COLUMNS)
 
 
 @contextmanager
@@ -275,10 +296,12 @@ def _row(entry: CatalogueEntry) -> tuple[Any, ...]:
         spec.base_model,
         spec.virtual_tokens,
         spec.bottleneck_size,
+        json.dumps([(part.name, part.weight, part.revision) for part in entry.parts]),
     )
 
 
 def _entry(row: tuple[Any, ...]) -> CatalogueEntry:
-    name, generation, created, source, revision, kind, rank, targets, *sizes = row
+    name, generation, created, source, revision, kind, rank, targets, *sizes, parts = row
     spec = AdapterSpec(revision, kind, rank, tuple(json.loads(targets)), *sizes)
-    return CatalogueEntry(name, spec, created, source, generation)
+    lineage = tuple(Lineage(*part) for part in json.loads(parts))
+    return CatalogueEntry(name, spec, created, source, generation, lineage)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adaplex_adapters.catalogue import SCHEMA_VERSION, Catalogue, peek
+from adaplex_adapters.catalogue import SCHEMA_VERSION, Catalogue, Lineage, peek
 from adaplex_adapters.errors import InvalidRequest, NotFound, StartupError, StorageFailed
 from adaplex_adapters.spec import AdapterSpec
 
@@ -221,21 +221,24 @@ def test_a_log_without_its_catalogue_is_not_played_into_a_new_one(path: Path) ->
     catalogue.close()
 
 
-def test_a_catalogue_of_the_first_version_is_read_and_upgraded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_catalogue_of_an_older_version_is_read_and_upgraded(version: int, tmp_path: Path) -> None:
     path = tmp_path / "catalogue.sqlite"
     opened = Catalogue(path)
     opened.put("old", SPEC, "upload")
     opened.close()
+    newer = ("parts",) if version == 2 else ("parts", "virtual_tokens", "bottleneck_size")
     connection = sqlite3.connect(path)
     connection.executescript(
-        "ALTER TABLE adapters DROP COLUMN virtual_tokens; ALTER TABLE adapters DROP COLUMN bottleneck_size;"
-        "PRAGMA user_version = 1;"
+        "".join(f"ALTER TABLE adapters DROP COLUMN {column};" for column in newer) + f"PRAGMA user_version = {version};"
     )
     connection.close()
-    assert [entry.spec for entry in peek(path)] == [SPEC]
+    assert [(entry.spec, entry.parts) for entry in peek(path)] == [(SPEC, ())]
     soft = replace(SPEC, kind="prefix_tuning", virtual_tokens=20, bottleneck_size=3)
+    parts = (Lineage("a", 0.7, "f" * 64), Lineage("b", -1.0, "0" * 64))
     opened = Catalogue(path)
-    opened.put("new", soft, "upload")
-    assert {entry.name: entry.spec for entry in opened.entries()} == {"old": SPEC, "new": soft}
+    opened.put("new", soft, "composition", parts)
+    expected = {"old": (SPEC, ()), "new": (soft, parts)}
+    assert {entry.name: (entry.spec, entry.parts) for entry in opened.entries()} == expected
     opened.close()
-    assert {entry.name: entry.spec for entry in peek(path)} == {"old": SPEC, "new": soft}
+    assert {entry.name: (entry.spec, entry.parts) for entry in peek(path)} == expected

@@ -2,7 +2,8 @@
 
 Counts are plain numbers owned by the event loop; Prometheus's own types are made only when somebody scrapes. The
 `adapter` label holds registered names alone: never what a client merely wrote, and at most `labels` different ones
-(first used, first served; all others are counted together as "other").
+(first used, first served; all others are counted together as "other", and those that a request put together as
+"composition").
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from prometheus_client.registry import Collector
 
 from adaplex_adapters.errors import AdaplexError
 from adaplex_server.engine.messages import EngineStats
+from adaplex_server.service.composed_name import is_composed
 from adaplex_server.service.histogram import BETWEEN_TOKENS, FIRST_TOKEN, WHOLE_REQUEST, Histogram
 
 OTHER = "other"
 UNKNOWN = "unknown"
+COMPOSITION = "composition"
 
 
 class Series:
@@ -73,14 +76,16 @@ class Metrics(Collector):
         self._restarts = restarts
         self._registered = registered
         self._series = {base: Series(base)}
-        self._shared = {OTHER: Series(OTHER), UNKNOWN: Series(UNKNOWN)}
+        self._shared = {label: Series(label) for label in (OTHER, UNKNOWN, COMPOSITION)}
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def series(self, name: str) -> Series:
-        """Where requests of this registered name are counted."""
+        """Where requests of this registered name, or of a composition, are counted."""
         found = self._series.get(name)
         if found is None:
+            if is_composed(name):
+                return self._shared[COMPOSITION]
             if len(self._series) > self._labels:
                 return self._shared[OTHER]
             found = self._series[name] = Series(name)

@@ -158,8 +158,8 @@ class Service:
         default_max_tokens: None for the rest of the context. deadline: seconds from the submission on.
         """
         info = self._engine_info()
-        self.gate.check_name(caller, model)
-        self.registry.resolve(model)
+        for name in self.registry.adapters_of(model) or (model,):
+            self.gate.check_name(caller, name)
         made = build_sampling(
             sampling,
             prompt_tokens=len(prompt),
@@ -188,6 +188,8 @@ class Service:
         the rows at once.
         """
         try:
+            self._check_open()
+            await self.registry.prepare(request.model)
             answer = self._begin(request)
         except AdaplexError as error:
             self.metrics.refused(error)
@@ -206,8 +208,7 @@ class Service:
 
     def _begin(self, request: GenerateRequest) -> Answer:
         """Admit and submit, or raise with nothing begun."""
-        if self._phase == "draining":
-            raise Unavailable("the server is shutting down; try again", retry_after=DRAIN_RETRY_SECONDS)
+        self._check_open()
         link, info = self._engine.link(), self._engine_info()
         model, revision = request.model, self.registry.resolve(request.model)
         _check(request, info)
@@ -219,7 +220,7 @@ class Service:
             raise Overloaded(
                 f"{self._rows} rows are under way and {room} is the limit; try again in {hint:g} s", retry_after=hint
             )
-        lease = self.gate.admit(request.caller, model, revision is not None, len(request.prompt))
+        lease = self.gate.admit(request.caller, self.registry.adapters_of(model), len(request.prompt))
         answer = Answer(request, link, self.text, self.metrics.series(model), lease, self.settings.row_buffer)
         for _ in range(request.n):
             self._rows += 1
@@ -235,6 +236,10 @@ class Service:
         self._idle.clear()
         answer.submit(revision, self.registry.virtual_tokens(model), self._engine.next_row, row_ended)
         return answer
+
+    def _check_open(self) -> None:
+        if self._phase == "draining":
+            raise Unavailable("the server is shutting down; try again", retry_after=DRAIN_RETRY_SECONDS)
 
     def _end(self, answer: Answer) -> None:
         answer.close()

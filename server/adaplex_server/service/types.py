@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from adaplex_adapters.catalogue import Lineage
 from adaplex_server.engine.messages import EngineInfo
 
 AdapterState = Literal["ready", "resident", "failed"]
@@ -16,10 +17,10 @@ class AdapterInfo:
     """One registered name.
 
     revision: SHA-256 (hex) of the content that new requests of this name get. nbytes: size as stored. created: Unix
-    seconds. source: "upload", "folder" or "trainer". running: rows of this name in the engine now, of whatever
-    revision. state: "ready" can be named in a request; "resident" is ready and has been used since the engine
-    started; "failed" cannot be served, `reason` says why (it does not belong in a list of models). virtual_tokens,
-    bottleneck_size: see `AdapterSpec`.
+    seconds. source: "upload", "folder", "trainer" or "composition". running: rows of this name in the engine now, of
+    whatever revision. state: "ready" can be named in a request; "resident" is ready and has been used since the
+    engine started; "failed" cannot be served, `reason` says why (it does not belong in a list of models).
+    virtual_tokens, bottleneck_size: see `AdapterSpec`. parts: what a composition was made of.
     """
 
     name: str
@@ -37,6 +38,7 @@ class AdapterInfo:
     reason: str = ""
     virtual_tokens: int = 0
     bottleneck_size: int = 0
+    parts: tuple[Lineage, ...] = ()
 
     @property
     def servable(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from adaplex_adapters.errors import AuthenticationFailed, ModelNotFound, PermissionDenied
 from adaplex_server.caller import ANYONE, Caller, Limits
@@ -58,11 +58,11 @@ class Gate:
             )
         return caller
 
-    def admit(self, caller: Caller, model: str, adapter: bool, prompt_tokens: int) -> Lease:
-        """Begin a request. Raises RateLimited."""
+    def admit(self, caller: Caller, adapters: Sequence[str], prompt_tokens: int) -> Lease:
+        """Begin a request that uses these adapters. Raises RateLimited."""
         wanted = {self._subject(caller): caller.limits}
-        if adapter:
-            wanted[f"the adapter '{model}'"] = self._adapter_limits
+        for adapter in adapters:
+            wanted[f"the adapter '{adapter}'"] = self._adapter_limits
         return self._rates.admit(wanted, prompt_tokens)
 
     def headers(self, caller: Caller) -> Mapping[str, str]:

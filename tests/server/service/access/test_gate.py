@@ -82,15 +82,15 @@ def test_scope_hides_other_names(store: KeyStore) -> None:
 def test_limits_of_key_and_adapter_hold_together(store: KeyStore) -> None:
     gate = Gate(store, Limits(streams=2))
     one, two = Caller("1", "one", limits=Limits(streams=1)), Caller("2", "two")
-    first = gate.admit(one, "a", True, 5)
+    first = gate.admit(one, ("a",), 5)
     with pytest.raises(RateLimited, match="API key 1"):
-        gate.admit(one, "b", True, 5)
-    gate.admit(two, "a", True, 5)
+        gate.admit(one, ("b",), 5)
+    gate.admit(two, ("a",), 5)
     with pytest.raises(RateLimited, match="adapter 'a'"):
-        gate.admit(two, "a", True, 5)
-    gate.admit(two, "base", False, 5)
+        gate.admit(two, ("a",), 5)
+    gate.admit(two, (), 5)
     first.release()
-    gate.admit(one, "a", True, 5)
+    gate.admit(one, ("a",), 5)
 
 
 def test_a_foreign_or_damaged_file_is_refused_and_kept(tmp_path: Path) -> None:
