@@ -26,7 +26,7 @@ from adaplex_adapters.training.plan import (
 )
 from adaplex_adapters.training.progress import NamedProgress, Progress, SeveralProgress
 from adaplex_adapters.training.report.record import TrainResult
-from adaplex_adapters.training.result import check_replaceable
+from adaplex_adapters.training.result import check_replaceable, clear_leftovers
 from adaplex_adapters.training.rows import Rows, prepare_rows
 from adaplex_adapters.training.run_folder import RunFolder, hold
 from adaplex_adapters.training.tensorboard import TensorBoard
@@ -137,6 +137,7 @@ def carry_out_together(
             tasks[name] = Task(found.rows, request.options, request.out, progress, around)
         results = train_together(tasks, base)
         for name, result in results.items():
+            clear_leftovers(requests[name].out)
             folders[name].log.write("succeeded", result=plain_result(result))
             folders[name].checkpoints.clear()
         return results
@@ -152,6 +153,7 @@ def _train(
 ) -> TrainResult:
     around = Surroundings(folder.checkpoints, stop, True, prepared.plan.total, request.data.name)
     result = train_rows(prepared.rows, base, request.out, request.options, _told(folder, request, shown), around)
+    clear_leftovers(request.out)
     folder.log.write("succeeded", result=plain_result(result))
     return result
 

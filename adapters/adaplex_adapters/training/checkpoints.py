@@ -64,8 +64,9 @@ class Checkpoints:
         """Returns when the checkpoint is on the disk. Then keeps it, the `limit` newest and the best one."""
         self._folder.mkdir(parents=True, exist_ok=True)
         final = self.path(checkpoint.step)
+        for left in self._folder.glob(".writing-*"):  # of a process that was killed
+            shutil.rmtree(left)
         staging = self._folder / f".writing-{os.getpid()}"
-        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         _write(staging, checkpoint)
         if final.exists():

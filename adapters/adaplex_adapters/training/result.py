@@ -44,6 +44,12 @@ def save_adapter(files: AdapterFiles, out: Path, beside: Callable[[Path], None] 
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def clear_leftovers(out: Path) -> None:
+    """Remove what killed processes left of earlier attempts to write `out`; nobody else may be writing it now."""
+    for left in (*out.parent.glob(f".{out.name}.????????"), *out.parent.glob(f".{out.name}.replaced-*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def check_replaceable(out: Path) -> None:
     """Raise Conflict unless `out` is free, empty or an adapter's folder."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CONFIG_FILE).is_file())):

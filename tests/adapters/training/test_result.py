@@ -7,7 +7,7 @@ import torch
 
 from adaplex_adapters.errors import StorageFailed
 from adaplex_adapters.training.methods.adapter import AdapterFiles
-from adaplex_adapters.training.result import save_adapter
+from adaplex_adapters.training.result import clear_leftovers, save_adapter
 
 FILES = AdapterFiles({"x": torch.zeros(2)}, {"peft_type": "LORA"}, "adapter_model.safetensors", "adapter_config.json")
 
@@ -30,3 +30,12 @@ def test_what_stands_beside_the_adapter_comes_and_goes_with_it(tmp_path: Path) -
     with pytest.raises(StorageFailed, match="disk is full"):
         save_adapter(FILES, out, fails)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and len(list(out.iterdir())) == 2
+
+
+def test_what_a_killed_process_left_goes_away(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in (".out.abcdefgh", ".out.replaced-12", ".outer.abcdefgh", ".out.json"):
+        (tmp_path / name).mkdir()
+    save_adapter(FILES, out)
+    clear_leftovers(out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.json", ".outer.abcdefgh", "out"]
