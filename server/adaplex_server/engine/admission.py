@@ -1,4 +1,4 @@
-"""Which rows can be served at all: what is wrong with one before it waits for anything. Owns nothing."""
+"""Which rows can be served at all, and which are worth queueing. Owns nothing."""
 
 from __future__ import annotations
 
@@ -20,6 +20,21 @@ def refusal(message: Submit, max_context: int, vocab_size: int) -> AdaplexError 
     strange = _strange_token(message, vocab_size)
     if strange is not None:
         return InvalidRequest(f"token id {strange} is not in the vocabulary of {vocab_size}")
+    return None
+
+
+def queue_refusal(waiting: int, places: int, wait: float, longest: float | None, left: float | None) -> str | None:
+    """Why a row should not wait in a queue where `waiting` rows have taken of `places`, if it should not: it would
+    begin too late to be of use, and take a place from others that would not.
+
+    wait: its expected seconds in the queue. longest: what any row may be expected to wait. left: until its deadline.
+    """
+    if waiting >= places:
+        return f"{waiting} requests wait already, and that is the limit; retry later"
+    if longest is not None and wait > longest:
+        return f"this request would wait for about {wait:.1f} s, and {longest:g} s is the limit; retry later"
+    if left is not None and 0 < left <= wait:
+        return f"this request would wait for about {wait:.1f} s, and its time ends before; retry later"
     return None
 
 

@@ -72,6 +72,8 @@ class Engine:
     def step(self) -> bool:
         """One pass; False if there was nothing to do, and there will not be before a message or a deadline."""
         p = self.parts
+        # Who is refused or has hung up does not wait for a step.
+        self._tell(settled=False)
         p.residency.fetch()
         placed = p.residency.place(self._clock)
         p.executor.scrub(p.pool)

@@ -1,4 +1,4 @@
-"""What clients must be told of rows, collected until the end of a step, and the pace at which rows end."""
+"""What clients must be told of rows, collected until the end of a step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ class Events:
     def __init__(self) -> None:
         self._tokens: list[RowToken] = []
         self._ends: list[RowEnd] = []
-        self._pace = 0.1
-        self._last_end: float | None = None
 
     def take(self) -> tuple[list[RowToken], list[RowEnd]]:
         """What has happened since the last call."""
@@ -39,13 +37,3 @@ class Events:
         """The row of this id has ended with an error."""
         name = type(error).__name__
         self._ends.append(RowEnd(row, "error", error=name, message=error.message, retry_after=error.retry_after))
-
-    def note_pace(self, now: float) -> None:
-        """A row has ended by itself."""
-        if self._last_end is not None:
-            self._pace += 0.1 * (now - self._last_end - self._pace)
-        self._last_end = now
-
-    def wait_for(self, rows: int) -> float:
-        """Seconds until about half of so many rows have ended: a full queue's retry hint."""
-        return min(max(self._pace * rows / 2, 0.1), 60.0)

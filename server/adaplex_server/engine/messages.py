@@ -21,7 +21,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
     deadline: absolute time.monotonic() seconds (one clock for both processes of a machine), None for none.
     priority: lower values are served first, and preempted last. virtual_tokens: length of the revision's soft prompt,
-    which stands before the prompt.
+    which stands before the prompt. weight: the revision's share of a busy engine, beside the others' weights.
     """
 
     row: int
@@ -31,6 +31,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     deadline: float | None = None
     priority: int = 0
     virtual_tokens: int = 0
+    weight: float = 1.0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -67,6 +67,7 @@ def connect(
     limits = Limits(
         max_rows=min(settings.max_rows, settings.max_step_tokens),
         max_waiting=settings.max_waiting,
+        max_wait=settings.max_wait,
         max_step_tokens=settings.max_step_tokens,
         max_context=plan.max_context,
         max_scores=max_scores,

@@ -13,11 +13,13 @@ class Row:
     """A sequence from its Submit to its RowEnd.
 
     tokens: the virtual ones of a soft prompt (-1, -2, ...: no ids of the vocabulary), then prompt and generated ones,
-    as far as the host knows them. virtual: how many of them are virtual. prompt_length: with these. max_tokens: as
-    asked, or less where the context ends earlier. pages: only ever extended in place; another list means other pages.
+    as far as the host knows them. virtual: how many of them are virtual. prompt_length: with these. weight: of
+    its revision. max_tokens: as asked, or less where the context ends earlier. pages: only ever extended in place;
+    another list means other pages.
     digests: of the full pages so far, for the prefix cache. slot: the adapter's, None for the base or while the row
     has never run. scores: log-probabilities of the prompt's own tokens gathered so far. kept_pages: how many of `pages`
-    have been offered to the prefix cache. A preempted row has text and slot, no pages.
+    have been offered to the prefix cache. began: when it first got its place in a step. A preempted row has text and
+    slot, no pages.
 
     A launched step has been planned and given to the device; a settled one has had its outcomes committed. computed:
     tokens whose keys and values lie in `pages` once every launched step is done. settled: those of settled steps.
@@ -35,6 +37,7 @@ class Row:
     arrival: int
     max_tokens: int
     virtual: int = 0
+    weight: float = 1.0
     computed: int = 0
     settled: int = 0
     ahead: int = 0
@@ -42,6 +45,7 @@ class Row:
     pages: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     cached_tokens: int = 0
+    began: float = 0.0
     state: Literal["new", "waiting", "running", "preempted", "ended"] = "new"
     kept_pages: int = 0
     slot: int | None = None

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 
 from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, Overloaded, RowFailed, Unavailable
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
-from adaplex_server.engine.admission import refusal
+from adaplex_server.engine.admission import queue_refusal, refusal
 from adaplex_server.engine.events import Events
 from adaplex_server.engine.leaving import Leaving
 from adaplex_server.engine.messages import RowEnd, RowToken, Submit
+from adaplex_server.engine.pace import Pace
 from adaplex_server.engine.placement import Placement
 from adaplex_server.engine.prefix_cache import PrefixCache
 from adaplex_server.engine.row import Outcome, Row, Work, work_on
@@ -42,6 +43,7 @@ class Limits:
     """max_scores: prompt tokens of a step whose log-probabilities are wanted, at most (each one costs a row of logits).
 
     eos: the model's own end tokens. max_context: tokens of a row, prompt and answer. vocab_size: token ids end below.
+    max_wait: expected seconds in the queue above which a row is refused at once, None for no such limit.
     """
 
     max_rows: int
@@ -52,6 +54,7 @@ class Limits:
     page_size: int
     vocab_size: int
     eos: frozenset[int] = frozenset()
+    max_wait: float | None = None
 
 
 class Scheduler:
@@ -74,6 +77,7 @@ class Scheduler:
         self._running: list[Row] = []
         self._arrivals = 0
         self._events = Events()
+        self._pace = Pace()
 
     # ---- what comes from outside -------------------------------------------------------------------------------------
 
@@ -107,6 +111,7 @@ class Scheduler:
             arrival=self.next_order()[1],
             max_tokens=min(sampling.max_tokens, self.max_context - length),
             virtual=virtual,
+            weight=message.weight,
             scores=[None] if sampling.prompt_logprobs is not None else [],
         )
         self._rows[row.id] = row
@@ -115,10 +120,8 @@ class Scheduler:
             self.fail(row, error)
         elif sampling.max_tokens == 0 and not row.scoring:
             self._end(row, "length")
-        elif len(self._waiting) >= self.limits.max_waiting + self._free_places():
-            wait = self._events.wait_for(len(self._waiting))
-            what = f"{len(self._waiting)} requests wait already, and that is the limit; retry in {wait:.1f} s"
-            self.fail(row, Overloaded(what, retry_after=wait))
+        elif (overload := self._overload(row, now)) is not None:
+            self.fail(row, overload)
         else:
             self._waiting.add(row)
             row.state = "waiting"
@@ -177,7 +180,7 @@ class Scheduler:
         work = {row: work_on(row, 1) for row in decoding if self._grow(row)}
         budget -= len(work)
         if self.preemptions == preemptions:
-            self._admit(budget)
+            self._admit(budget, now)
         for row in self._running if budget > 0 else ():
             if row in work or self._pages.full(row):
                 continue
@@ -250,6 +253,16 @@ class Scheduler:
         """Rows that may begin now: one that only waits for its last token has no place in the next step."""
         return self.limits.max_rows - sum(row.remaining > 0 for row in self._running)
 
+    def _overload(self, row: Row, now: float) -> Overloaded | None:
+        """Why a row is better refused at once than queued, if it is."""
+        waiting, free = len(self._waiting), self._free_places()
+        if waiting < free:
+            return None
+        wait = self._pace.wait(self._waiting.ahead(row) - free, self.running)
+        left = None if row.deadline is None else row.deadline - now
+        what = queue_refusal(waiting, self.limits.max_waiting + free, wait, self.limits.max_wait, left)
+        return None if what is None else Overloaded(what, retry_after=self._pace.retry_after(wait))
+
     def _free_places(self) -> int:
         """Places in the next step that nobody has yet: who is about to take one does not count as waiting."""
         return max(0, self._places - len(self._preempted))
@@ -280,7 +293,7 @@ class Scheduler:
         self._pages.extend(row)
         return True
 
-    def _admit(self, budget: int) -> None:
+    def _admit(self, budget: int, now: float) -> None:
         """Begin rows while there are places, pages and tokens for them. A row that finds no pages holds up the others,
         or it might wait for ever.
         """
@@ -290,7 +303,7 @@ class Scheduler:
             # Some pages are left for running rows to grow.
             if row is None or not self._pages.begin(row, spare=len(self._running)):
                 return
-            self._begin(row)
+            self._begin(row, now)
             budget -= row.remaining
             places -= 1
 
@@ -304,13 +317,14 @@ class Scheduler:
                 return row
         return preempted
 
-    def _begin(self, row: Row) -> None:
+    def _begin(self, row: Row, now: float) -> None:
         # Whoever is preempted by a plan or an abandoned step begins in a later plan, and its steps are settled by then.
         assert not row.unsettled, "a row begins again while a step of its former life is in flight"
         if row.state == "preempted":
             self._preempted.remove(row)
         else:
-            self._waiting.remove(row, served=True)
+            self._waiting.served(row, row.remaining)
+            row.began = now
             row.cached_tokens = max(0, row.computed - row.virtual)
             row.slot = None if row.revision is None else self._slots.pin(row.revision)
             self.hit_tokens += row.computed
@@ -333,6 +347,7 @@ class Scheduler:
         self.preemptions += 1
 
     def _accept(self, row: Row, token: int, outcome: Outcome, now: float) -> None:
+        self._waiting.charge(row, 1)
         sampling = row.sampling
         if token in sampling.stop_token_ids or (token in self.limits.eos and not sampling.ignore_eos):
             self._end(row, "stop", stop=(token, outcome.logprob), now=now)
@@ -357,8 +372,8 @@ class Scheduler:
             self._running.remove(row)
         elif row.state == "preempted":
             self._preempted.remove(row)
-        elif row.state == "waiting":
-            self._waiting.remove(row)
+        if row.state != "new":
+            self._waiting.leave(row)
         row.state = "ended"
         self._pages.release(row)
         if row.slot is not None:
@@ -368,7 +383,7 @@ class Scheduler:
         else:
             self._events.end(row, reason, stop)
         if now is not None:
-            self._events.note_pace(now)
+            self._pace.note(now - row.began)
 
     def held_pages(self) -> list[list[int]]:
         """The pages of every running row, and of steps in flight (for the pool's audit)."""
@@ -392,6 +407,7 @@ class Scheduler:
             assert (row.slot is not None) == (row.revision is not None and row.state != "waiting"), (
                 "a row's pin is wrong"
             )
+        self._waiting.check_integrity()
         self._leaving.check_integrity()
         begun = [row for row in self._rows.values() if row.slot is not None]
         for revision in {row.revision for row in begun if row.revision is not None}:

@@ -24,7 +24,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     from its own config. dtype: of activations;
     "auto" follows the checkpoint (bfloat16 where it is float16 on a CPU). store: folder of the AdapterStore.
 
-    max_rows: rows of one step at most. max_waiting: length of the queue. max_step_tokens: tokens of one step at most
+    max_rows: rows of one step at most. max_waiting: length of the queue. max_wait: expected seconds
+    in it above which a row is refused. max_step_tokens: tokens of one step at most
     (a longer prompt is prefilled in chunks); None for what suits the device (`with_step_tokens`). batch_invariant: a
     row's logits have the same bits alone or mixed, however its prompt is cut, and after a preemption; a CPU keeps to
     that always, a GPU by small steps. max_context: None for the model's own. kv_bytes, adapter_bytes: device memory
@@ -47,6 +48,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_rows: int = 64
     max_waiting: int = 256
+    max_wait: float | None = None
     max_step_tokens: int | None = None
     batch_invariant: bool = False
     max_context: int | None = None

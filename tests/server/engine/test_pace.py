@@ -1,0 +1,34 @@
+"""What a request is told of its wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from adaplex_server.engine.admission import queue_refusal
+from adaplex_server.engine.pace import Pace
+
+
+def test_nothing_is_expected_before_a_row_has_ended() -> None:
+    assert Pace().wait(100, 8) == 0
+
+
+def test_a_wait_is_the_time_of_the_rows_before() -> None:
+    pace = Pace()
+    for _ in range(5):
+        pace.note(4.0)
+    assert pace.wait(7, 8) == pytest.approx(4.0) and pace.wait(31, 8) == pytest.approx(16.0)
+    for _ in range(300):
+        pace.note(1.0)
+    assert pace.wait(7, 8) == pytest.approx(1.0, rel=0.01), "the last rows count"
+
+
+def test_a_hint_is_neither_at_once_nor_never() -> None:
+    assert Pace().retry_after(0) > 0 and Pace().retry_after(1e6) == 60
+
+
+def test_who_would_wait_too_long_is_refused() -> None:
+    assert queue_refusal(3, 4, wait=9, longest=None, left=None) is None
+    assert "limit" in (queue_refusal(4, 4, wait=0, longest=None, left=None) or "")
+    assert "9.0 s" in (queue_refusal(3, 4, wait=9, longest=8, left=None) or "")
+    assert "its time ends" in (queue_refusal(3, 4, wait=9, longest=None, left=8) or "")
+    assert queue_refusal(3, 4, wait=0, longest=8, left=1) is None
