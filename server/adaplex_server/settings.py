@@ -20,9 +20,10 @@ from adaplex_adapters.errors import StartupError
 from adaplex_server.model.formats.quantization import BLOCK, BLOCKS, THRESHOLD, QuantizeKind
 
 ENV_PREFIX = "ADAPLEX_"
-# Not settings of a server: which TOML file to read, and which server the other commands talk to.
+# Not settings of a server: which TOML file to read, and which server the other commands talk to, and with which key.
 CONFIG_VARIABLE = "ADAPLEX_CONFIG"
 SERVER_VARIABLE = "ADAPLEX_SERVER"
+KEY_VARIABLE = "ADAPLEX_API_KEY"
 # Kubernetes gives them to every pod beside a Service called adaplex (ADAPLEX_PORT=tcp://10.0.0.1:8000, ...).
 _SERVICE_LINK = re.compile(r"ADAPLEX_(SERVICE_(HOST|PORT)|PORT)(_.*)?")
 
@@ -158,6 +159,23 @@ class ServerSettings(BaseModel):
     max_waiting: Annotated[
         int, Field(title="Limits", ge=1, description="Requests that may wait; past it clients get 429.")
     ] = 256
+    max_wait: Annotated[
+        float,
+        Field(
+            title="Limits",
+            ge=0,
+            description="A request that would wait for longer than this before it begins gets 429 at once, so that "
+            "those that wait are answered in time when more come than can be served; 0 for no such limit.",
+        ),
+    ] = 10.0
+    adapter_weights: Annotated[
+        str,
+        Field(
+            title="Limits",
+            description="Shares of a busy engine, as NAME=WEIGHT,NAME=WEIGHT: an adapter (or the base) of weight 2 "
+            "gets twice the tokens of one of weight 1, which is everybody's who is not named.",
+        ),
+    ] = ""
     max_step_tokens: Annotated[
         int | None,
         Field(
@@ -212,12 +230,29 @@ class ServerSettings(BaseModel):
         Field(title="Metrics and logs", description="What is logged, to standard error."),
     ] = "info"
 
+    @field_validator("adapter_weights")
+    @classmethod
+    def _are_weights(cls, value: str) -> str:
+        weights(value)
+        return value
+
     @field_validator("quant_block")
     @classmethod
     def _known_block(cls, value: int) -> int:
         if value not in BLOCKS:
             raise ValueError(f"use one of {', '.join(str(block) for block in BLOCKS)}")
         return value
+
+
+def weights(text: str) -> dict[str, float]:
+    """NAME=WEIGHT pairs with commas between. Raises ValueError."""
+    found: dict[str, float] = {}
+    for pair in filter(None, text.split(",")):
+        name, _, number = (part.strip() for part in pair.rpartition("="))
+        if not name or name in found or not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", number) or float(number) < 0.001:
+            raise ValueError(f"{pair!r} is not NAME=WEIGHT with a weight from 0.001 to 999999 for a name not yet given")
+        found[name] = float(number)
+    return found
 
 
 def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> ServerSettings:
@@ -261,7 +296,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
         name.removeprefix(ENV_PREFIX).lower(): value
         for name, value in environ.items()
         if name.startswith(ENV_PREFIX)
-        and name not in (CONFIG_VARIABLE, SERVER_VARIABLE)
+        and name not in (CONFIG_VARIABLE, SERVER_VARIABLE, KEY_VARIABLE)
         and not _SERVICE_LINK.fullmatch(name)
     }
 

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from adaplex_adapters.errors import AdaplexError, InvalidAdapter, InvalidRequest, Unavailable
+from adaplex_adapters.errors import InvalidAdapter, InvalidRequest
 from adaplex_adapters.folder import KEPT_FILES, TENSOR_FILE
 from adaplex_adapters.peft_fields import CONFIG_FILE
-from adaplex_server.settings import SERVER_VARIABLE
+from adaplex_server.cli.remote import DEFAULT_SERVER, Server, call
 
 if TYPE_CHECKING:
     from adaplex_adapters.spec import Adapter, AdapterSpec
+    from adaplex_server.model.config import ModelConfig
 
 app = typer.Typer(help="List, add, remove and check adapters.", no_args_is_help=True)
-Server = Annotated[str, typer.Option(help="Address of the running server.", envvar=SERVER_VARIABLE)]
-DEFAULT_SERVER = "http://127.0.0.1:8000"
-
-
-def call(server: str, method: str, path: str, **arguments: Any) -> Any:
-    """One HTTP call; what the server says of an error is raised with its words."""
-    try:
-        answer = httpx.request(method, f"{server}{path}", timeout=600, **arguments)
-    except httpx.HTTPError as error:
-        raise Unavailable(f"no server answers at {server}: {error}; start one with `adaplex serve`") from error
-    if answer.is_error:
-        try:
-            message = answer.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"the server at {server} answered {answer.status_code}"
-        raise AdaplexError(message)
-    return answer.json()
 
 
 @app.command("list")
@@ -102,7 +85,7 @@ def check_folder(
         if not problems:
             cost = device_bytes(report.adapter, config, torch.bfloat16)
             print(f"takes {cost / 1e6:.1f} MB of a GPU in bfloat16, {2 * cost / 1e6:.1f} MB on the CPU, while resident")
-            problems += unserved(report.adapter)
+            problems += unserved(report.adapter, config)
     for warning in report.warnings:
         print(f"warning: {warning}")
     for problem in problems:
@@ -112,12 +95,13 @@ def check_folder(
     print(f"fits {located.name}")
 
 
-def unserved(adapter: Adapter) -> list[str]:
-    """Why the decoder cannot serve a good adapter, if it cannot."""
-    from adaplex_server.model.served_kinds import refuse_unserved
+def unserved(adapter: Adapter, config: ModelConfig) -> list[str]:
+    """Why the decoder cannot serve a good adapter on this base, if it cannot."""
+    from adaplex_server.model.adapter_image import RANK_PAGE
+    from adaplex_server.model.bottlenecks import refuse_bottlenecks
 
     try:
-        refuse_unserved(adapter)
+        refuse_bottlenecks(adapter, config, RANK_PAGE)
     except InvalidAdapter as error:
         return [error.message]
     return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from adaplex_server.cli import adapters, bases, bench, keys
+from adaplex_server.cli import adapters, bases, bench, jobs, keys
 from adaplex_server.cli.merge import merge_command
 from adaplex_server.cli.run import run
 from adaplex_server.cli.serve import serve
@@ -22,6 +22,7 @@ app.command("train", cls=TrainCommand)(train_command)
 app.command("merge")(merge_command)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(bases.app, name="bases")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 

@@ -16,7 +16,8 @@ import typer
 from adaplex_adapters.errors import InvalidRequest, StartupError
 from adaplex_adapters.names import check_name
 from adaplex_adapters.training.options import TrainOptions
-from adaplex_server.cli.adapters import DEFAULT_SERVER, add_adapter
+from adaplex_server.cli.adapters import add_adapter
+from adaplex_server.cli.remote import DEFAULT_SERVER
 from adaplex_server.cli.run import run
 from adaplex_server.cli.train_options import TrainCommand, with_train_options
 from adaplex_server.settings import SERVER_VARIABLE, default_data_dir
