@@ -123,11 +123,34 @@ def _weight_hook(weight: torch.Tensor) -> Callable[..., torch.Tensor]:
     return hook
 
 
+# Of families whose layers are not of Llama's form, the last linear of each block.
+_LAST_LINEARS = {
+    "attention": ("attention.dense", "self_attention.dense", "self_attn.out_proj", "attn.c_proj"),
+    "mlp": ("mlp.dense_4h_to_h", "fc2", "mlp.c_proj"),
+}
+_LAYERS = ("gpt_neox.layers", "model.decoder.layers", "transformer.h")
+
+
+def _block_hook(one: Bottleneck) -> Callable[..., torch.Tensor]:
+    def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + bottleneck(torch.zeros_like(output), output, one)
+
+    return hook
+
+
 def _attach_bottlenecks(named: dict[str, Any], adapter: Adapter, stack: ExitStack) -> None:
-    """For layers of Llama's form. A hook adds to the block's output, to which the model itself then adds the stream."""
+    """A hook adds to the block's output, to which the model itself then adds the stream. Layers that are not of Llama's
+    form do not give the stream away: there a bottleneck can read the block alone.
+    """
     norms, blocks = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}, {"attention": "self_attn"}
     for (number, place), one in adapter.bottlenecks.items():
         layer, held = f"model.layers.{number}", {}
+        if layer not in named:
+            paths = [f"{layers}.{number}.{linear}" for layers in _LAYERS for linear in _LAST_LINEARS[place]]
+            (path,) = [path for path in paths if path in named]
+            assert one.reads == "block", path
+            stack.callback(named[path].register_forward_hook(_block_hook(one)).remove)
+            continue
 
         def before(_: Any, inputs: tuple[torch.Tensor], held: dict[str, torch.Tensor] = held) -> None:
             held["stream"] = inputs[0]

@@ -83,7 +83,7 @@ class ImageFiles:
 
     def write(self, image: AdapterImage) -> None:
         """Keep the image, unless there is one, or it is more than pages (then it is small, or rarely read)."""
-        if image.soft is not None or image.factor_page is not None:
+        if not image.only_rank_rows:
             return
         path = self._folder / image.revision
         made = path.with_suffix(".new")

@@ -62,10 +62,23 @@ class Unfinished:
         return self.parts.shape[1:]
 
 
-def finished(y: torch.Tensor | Unfinished) -> torch.Tensor:
+@dataclass(frozen=True)
+class Amended:
+    """A result that is another one for some tokens. rest: of the others, finished as ever, so that they keep their
+    bits; own: [T, N] in the activations' dtype, read for those; tokens: [T, 1] bool, which ones.
+    """
+
+    rest: Unfinished
+    own: torch.Tensor
+    tokens: torch.Tensor
+
+
+def finished(y: torch.Tensor | Unfinished | Amended) -> torch.Tensor:
     """[T, N] in the activations' dtype."""
     if isinstance(y, torch.Tensor):
         return y
+    if isinstance(y, Amended):
+        return torch.where(y.tokens, y.own, finished(y.rest))
     from adaplex_server.kernels.gpu import finish as gpu
 
     return gpu.finish(y)
@@ -82,7 +95,7 @@ def finish_activation(y: torch.Tensor | Unfinished, activation: str, gated: bool
 
 def finish_add_norm(
     x: torch.Tensor,
-    y: torch.Tensor | Unfinished | None,
+    y: torch.Tensor | Unfinished | Amended | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
@@ -91,6 +104,10 @@ def finish_add_norm(
     """`kernels.norm.add_norm` of x and y."""
     if y is None or isinstance(y, torch.Tensor):
         return norm.add_norm(x, y, weight, bias, eps, center)
+    if isinstance(y, Amended):
+        rest = finish_add_norm(x, y.rest, weight, bias, eps, center)
+        own = norm.add_norm(x, y.own, weight, bias, eps, center)
+        return torch.where(y.tokens, own[0], rest[0]), torch.where(y.tokens, own[1], rest[1])
     from adaplex_server.kernels.gpu import finish_norm as gpu
 
     return gpu.finish_add_norm(x, y, weight, bias, eps, center)

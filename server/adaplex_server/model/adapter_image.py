@@ -2,7 +2,8 @@
 
 An image is whole pages of RANK_PAGE rank rows, each one contiguous, so that a page is one copy however many layers and
 linears it serves. Rows beyond a module's own rank, and modules that the adapter does not target, are zero. The
-factors of an adapter that has some (DoRA, IA3) are one page more, its last (`model.factors`). Owns nothing.
+factors of an adapter that has some (DoRA, IA3) are one page more (`model.factors`), and after that come those of its
+bottlenecks (`model.bottlenecks`). Owns nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from adaplex_adapters.errors import InvalidAdapter
 from adaplex_adapters.spec import Adapter, LoraModule
 from adaplex_server.model.base import Base
+from adaplex_server.model.bottlenecks import place_bottlenecks, refuse_bottlenecks, weight_pages
 from adaplex_server.model.config import ModelConfig
-from adaplex_server.model.factors import factors_of, place_factors
-from adaplex_server.model.families import LinearTargets, linear_targets, module_paths
-from adaplex_server.model.served_kinds import refuse_unserved
+from adaplex_server.model.ends import Ends, ends_of
+from adaplex_server.model.factors import factors_of, has_factors, place_factors
+from adaplex_server.model.families import LinearTargets, base_shape, linear_targets, module_paths
 from adaplex_server.model.soft_prompt import SoftPrompt, soft_prompt_of
 
 RANK_PAGE = 8
@@ -101,9 +103,10 @@ class ImageLayout:
 
 @dataclass(frozen=True, eq=False)
 class AdapterImage:
-    """rank: the largest of any module. pages: [page_values] each, in rank order. scaling: [layers, targets of all
-    linears] float32. given: tensors of the adapter; used: those that have a place in this base. soft: its soft prompt,
-    in host memory.
+    """rank: the largest of any module of the layers. pages: [page_values] each, in rank order; then, if it is
+    factored, the page of factors; then bottleneck_pages of weights and vectors, if there are any. scaling: [layers,
+    targets of all linears] float32. given: tensors of the adapter; used: those that have a place in this base. soft:
+    its soft prompt, ends: its embedding and head, in host memory.
     """
 
     revision: str
@@ -113,17 +116,30 @@ class AdapterImage:
     pages: tuple[torch.Tensor, ...]
     scaling: torch.Tensor
     soft: SoftPrompt | None = None
+    factored: bool = False
+    bottleneck_pages: int = 0
+    ends: Ends | None = None
+
+    @property
+    def rank_pages(self) -> int:
+        """How many of its pages hold rank rows."""
+        return len(self.pages) - self.factored - self.bottleneck_pages
 
     @property
     def factor_page(self) -> int | None:
         """Which of its pages holds factors."""
-        return len(self.pages) - 1 if len(self.pages) > pages_of_rank(self.rank) else None
+        return self.rank_pages if self.factored else None
+
+    @property
+    def only_rank_rows(self) -> bool:
+        """Whether pages of rank rows are all that it is."""
+        return self.rank_pages == len(self.pages) and self.soft is None and self.ends is None
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory."""
-        soft = 0 if self.soft is None else self.soft.nbytes
-        return sum(page.nbytes for page in self.pages) + self.scaling.nbytes + soft
+        beside = sum(part.nbytes for part in (self.soft, self.ends) if part is not None)
+        return sum(page.nbytes for page in self.pages) + self.scaling.nbytes + beside
 
 
 def pages_of_rank(rank: int) -> int:
@@ -132,21 +148,69 @@ def pages_of_rank(rank: int) -> int:
 
 
 @torch.inference_mode()
-def lay_out(adapter: Adapter, layout: ImageLayout, take: TakePages, base: Base | None = None) -> AdapterImage:
-    """The adapter's image, in pages from `take`. base: what it is for; a DoRA's factors depend on its weights.
-    InvalidAdapter if a value is not finite in the layout's dtype, or the adapter has a part that has no place in an
-    image.
+def lay_out(
+    adapter: Adapter,
+    layout: ImageLayout,
+    take: TakePages,
+    base: Base | None = None,
+    most_ends: int | None = None,
+) -> AdapterImage:
+    """The adapter's image, in pages from `take`. base: what it is for; a DoRA's factors depend on its weights, and
+    copies of them are compared. most_ends: bytes of an embedding and head at most. InvalidAdapter if a value is not
+    finite in the layout's dtype, or the adapter has a part that has no place in an image.
     """
-    refuse_unserved(adapter)
-    rank = max((module.a.shape[0] for module in adapter.modules.values()), default=0)
+    refuse_bottlenecks(adapter, layout.config, RANK_PAGE)
+    ends = ends_of(adapter, base, layout.config, layout.dtype, most_ends)
     factors = factors_of(adapter, base, layout.config)
-    pages = tuple(take(pages_of_rank(rank) + (factors is not None)))
+    rank, beside = rank_of(adapter, layout.config), bottleneck_pages(adapter)
+    ranks = pages_of_rank(rank)
+    pages = tuple(take(ranks + (factors is not None) + beside))
     for page in pages:
         page.zero_()
+    scaling, used = _place_ranks(adapter, layout, pages[:ranks])
+    used += ends.used
+    if factors is not None:
+        used += place_factors(factors, _by_linear(layout, pages[ranks]))
+    if beside:
+        used += place_bottlenecks(adapter, layout.config, [_by_linear(layout, page) for page in pages[-beside:]])
+    if not all(_finite(page) for page in pages):
+        raise _too_large(adapter, layout.dtype)
+    soft = soft_prompt_of(adapter, layout.dtype)
+    if soft is not None:
+        used += 1
+    given = sum(1 for _ in adapter.tensors())
+    return AdapterImage(
+        adapter.spec.revision, rank, given, used, pages, scaling, soft, factors is not None, beside, ends.ends
+    )
+
+
+def rank_of(adapter: Adapter, config: ModelConfig) -> int:
+    """The largest rank of any module of the layers; the embedding's and the head's take no pages."""
+    shape = base_shape(config)
+    beside = (shape.embedding, shape.head)
+    return max((module.a.shape[0] for path, module in adapter.modules.items() if path not in beside), default=0)
+
+
+def page_count(adapter: Adapter, config: ModelConfig) -> int:
+    """Pages that its image has."""
+    return pages_of_rank(rank_of(adapter, config)) + has_factors(adapter, config) + bottleneck_pages(adapter)
+
+
+def bottleneck_pages(adapter: Adapter) -> int:
+    """Pages that its bottlenecks take."""
+    return weight_pages(adapter, RANK_PAGE) + 1 if adapter.bottlenecks else 0
+
+
+def _by_linear(layout: ImageLayout, page: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {linear: layout.of_linear(page, linear) for linear in layout.parts}
+
+
+def _place_ranks(adapter: Adapter, layout: ImageLayout, pages: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The scaling, and how many tensors of the adapter have found their place in the pages."""
     scaling = torch.zeros(layout.scalings)
     used = column = 0
     for linear, part in layout.parts.items():
-        views = [layout.of_linear(page, linear) for page in pages[: pages_of_rank(rank)]]
+        views = [layout.of_linear(page, linear) for page in pages]
         for layer in range(layout.config.num_layers):
             for target, path in enumerate(module_paths(layout.config, layer, linear)):
                 module = adapter.modules.get(path)
@@ -158,15 +222,7 @@ def lay_out(adapter: Adapter, layout: ImageLayout, take: TakePages, base: Base |
                 scaling[layer, column + target] = module.scaling
                 used += 2
         column += len(part.targets.names)
-    if factors is not None:
-        used += place_factors(factors, {linear: layout.of_linear(pages[-1], linear) for linear in layout.parts})
-    if not all(_finite(page) for page in pages):
-        raise _too_large(adapter, layout.dtype)
-    soft = soft_prompt_of(adapter, layout.dtype)
-    if soft is not None:
-        used += 1
-    given = sum(1 for _ in adapter.tensors())
-    return AdapterImage(adapter.spec.revision, rank, given, used, pages, scaling, soft)
+    return scaling, used
 
 
 def _place(a: torch.Tensor, b: torch.Tensor, module: LoraModule, first: int) -> None:

@@ -22,9 +22,12 @@ from adaplex_adapters.spec import Adapter
 from adaplex_server.model.adapter_image import RANK_PAGE, AdapterImage, ImageLayout, lay_out
 from adaplex_server.model.base import Base
 from adaplex_server.model.batch import NO_ADAPTER
+from adaplex_server.model.bottlenecks import TABLE_HEAD, BottleneckPages, table_line
 from adaplex_server.model.config import ModelConfig
+from adaplex_server.model.ends import Ends
 from adaplex_server.model.families import LinearTargets, linear_targets
 from adaplex_server.model.soft_prompt import SoftPrompt
+from adaplex_server.model.upload import upload
 
 __all__ = ["RANK_PAGE", "AdapterPool", "LinearPool", "allocate_pool", "bytes_per_page", "clear_slot", "write_adapter"]
 
@@ -51,7 +54,9 @@ class AdapterPool:
     belongs to nobody and stays zero.
     host_pages: the host's own copy, slot -> pages, replaced (never edited) when a slot changes. slot_factor: [S] int32,
     the first pool row of the slot's page of factors, -1 without one; factor_rows: the same on the host, of those that
-    have one. soft: slot -> its adapter's soft prompt, on the device.
+    have one. bottleneck_table: [S, 2 + Q] int32, where a slot's bottlenecks are (`BottleneckPlan`); bottlenecks: the
+    same on the host, of those that have some. soft, ends: slot -> its adapter's soft prompt, embedding and head, on the
+    device.
     """
 
     linears: Mapping[str, LinearPool]
@@ -59,8 +64,11 @@ class AdapterPool:
     slot_page_count: torch.Tensor
     host_pages: dict[int, tuple[int, ...]]
     slot_factor: torch.Tensor
+    bottleneck_table: torch.Tensor
     factor_rows: dict[int, int] = field(default_factory=dict)
+    bottlenecks: dict[int, BottleneckPages] = field(default_factory=dict)
     soft: dict[int, SoftPrompt] = field(default_factory=dict)
+    ends: dict[int, Ends] = field(default_factory=dict)
 
 
 def bytes_per_page(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -95,6 +103,7 @@ def allocate_pool(
         slot_page_count=zeros(slots, of=torch.int32),
         host_pages={},
         slot_factor=torch.full((slots,), -1, dtype=torch.int32, device=device),
+        bottleneck_table=zeros(slots, TABLE_HEAD + max_pages_per_slot, of=torch.int32),
     )
 
 
@@ -132,7 +141,7 @@ def write_adapter(
 
 @torch.inference_mode()
 def place_beside(pool: AdapterPool, slot: int, pages: tuple[int, ...], image: AdapterImage) -> None:
-    """Make the image's factors (in the last of `pages`) and its soft prompt the slot's, as far as it has them; in the
+    """Make the image's factors, bottlenecks, soft prompt, embedding and head the slot's, as far as it has them; in the
     current stream's order.
     """
     row = -1 if image.factor_page is None else pages[image.factor_page] * RANK_PAGE
@@ -140,9 +149,18 @@ def place_beside(pool: AdapterPool, slot: int, pages: tuple[int, ...], image: Ad
     pool.factor_rows.pop(slot, None)
     if row >= 0:
         pool.factor_rows[slot] = row
+    pool.bottlenecks.pop(slot, None)
+    if image.bottleneck_pages:
+        *weights, vectors = pages[len(image.pages) - image.bottleneck_pages : len(image.pages)]
+        pool.bottlenecks[slot] = own = BottleneckPages(tuple(weights), vectors)
+        table = pool.bottleneck_table
+        table[slot].copy_(upload(table_line(own, table.shape[1]), torch.int32, table.device))
     pool.soft.pop(slot, None)
     if image.soft is not None:
         pool.soft[slot] = image.soft.on(pool.slot_pages.device)
+    pool.ends.pop(slot, None)
+    if image.ends is not None:
+        pool.ends[slot] = image.ends.on(pool.slot_pages.device)
 
 
 def with_rank(slots: Iterable[int], host_pages: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
@@ -152,15 +170,18 @@ def with_rank(slots: Iterable[int], host_pages: Mapping[int, tuple[int, ...]]) -
 
 def rank_pages(image: AdapterImage, pages: tuple[int, ...]) -> tuple[int, ...]:
     """Those of the pages given for an image that hold rank rows."""
-    return pages if image.factor_page is None else pages[: image.factor_page]
+    return pages if image.rank_pages == len(image.pages) else pages[: image.rank_pages]
 
 
 def check_pages(pool: AdapterPool, pages: tuple[int, ...], image: AdapterImage) -> None:
     """Raise InvalidAdapter if the image does not fit these pages, or its rank a slot."""
-    if len(image.pages) > len(pages) or len(rank_pages(image, pages)) > pool.slot_pages.shape[1]:
+    most = pool.slot_pages.shape[1]
+    if len(image.pages) > len(pages) or len(rank_pages(image, pages)) > most:
         raise InvalidAdapter(
             f"an adapter of rank {image.rank} does not fit {len(pages)} pages of {RANK_PAGE} rank rows"
         )
+    if image.bottleneck_pages - 1 > most:
+        raise InvalidAdapter(f"bottlenecks wider than {most * RANK_PAGE} do not fit this server (max_rank)")
 
 
 def write_page(pool: AdapterPool, layout: ImageLayout, page: int, values: torch.Tensor) -> None:
@@ -198,10 +219,11 @@ def write_slot(
 def clear_slot(pool: AdapterPool, slot: int) -> None:
     """No pages and no scaling in the slot. The pages' content stays until they are written again; nothing reads it."""
     pool.host_pages.pop(slot, None)
-    pool.soft.pop(slot, None)
-    pool.factor_rows.pop(slot, None)
+    for beside in (pool.soft, pool.ends, pool.factor_rows, pool.bottlenecks):
+        beside.pop(slot, None)
     pool.slot_factor[slot].fill_(-1)
     pool.slot_page_count[slot].fill_(0)
     pool.slot_pages[slot] = 0
+    pool.bottleneck_table[slot] = 0
     for linear in pool.linears.values():
         linear.scaling[:, slot] = 0

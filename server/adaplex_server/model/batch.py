@@ -32,8 +32,9 @@ class StepBatch:
     written. row_of_token: [T] int32. token_start: [R + 1] int32. context_lens: [R] int32, keys visible to the row's
     last token, this step's included. page_table: [R, P] int32, unused entries 0 (page 0 is never given to a row and
     holds zeros). adapter_slots: [T] int32, the token's adapter slot or NO_ADAPTER. logit_tokens: [L] int64, indices
-    into T, ascending. virtual: those tokens that are no ids but a soft prompt's. row_tokens, row_contexts, row_slots:
-    token_start differences, context_lens and the rows' slots on the host.
+    into T, ascending. virtual: those tokens that are no ids but a soft prompt's. row_tokens, row_contexts, row_slots,
+    row_logits: token_start differences, context_lens, the rows' slots and how many of the logit_tokens are theirs, on
+    the host.
     """
 
     tokens: torch.Tensor
@@ -49,3 +50,4 @@ class StepBatch:
     row_contexts: tuple[int, ...]
     row_slots: tuple[int, ...]
     virtual: tuple[VirtualSpan, ...] = ()
+    row_logits: tuple[int, ...] = ()

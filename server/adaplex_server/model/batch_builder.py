@@ -88,4 +88,5 @@ def build_batch(rows: Sequence[RowInput], page_size: int, device: torch.device) 
         row_contexts=contexts,
         row_slots=slots,
         virtual=tuple(virtual),
+        row_logits=tuple(row.logits for row in rows),
     )

@@ -20,7 +20,8 @@ import torch
 
 from adaplex_server.kernels.feed import feed_tokens, likeliest
 from adaplex_server.kernels.lora_tiles import tile_count
-from adaplex_server.model.adapter_pool import AdapterPool, with_rank
+from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, with_rank
+from adaplex_server.model.batch import NO_ADAPTER
 from adaplex_server.model.decode_inputs import DecodeInputs, DecodeRows, DecodeShape
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.kv_cache import KvCache
@@ -81,9 +82,14 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def run(self, rows: DecodeRows) -> Decoded | None:
-        """One step; None if these rows fit no shape, or the device has no memory to capture theirs."""
-        if self._decoder.pool is not None:
-            rows = self._with_adapters(rows, self._decoder.pool)
+        """One step; None if these rows fit no shape, the device has no memory to capture theirs, or one has an
+        embedding or head of its own.
+        """
+        pool = self._decoder.pool
+        if pool is not None:
+            if pool.ends and any(slot in pool.ends for slot in rows.slots):
+                return None
+            rows = self._with_adapters(rows, pool)
         shape = self._shape_of(rows)
         captured = None if shape is None else self._obtain(shape)
         if captured is None:
@@ -115,13 +121,20 @@ class DecodeGraphs:
     @staticmethod
     def _with_adapters(rows: DecodeRows, pool: AdapterPool) -> DecodeRows:
         """The rows with what their adapters are: those without rank rows have no part in the LoRA, and some have
-        factors.
+        factors or bottlenecks.
         """
         factors: tuple[int, ...] = ()
         if pool.factor_rows:
             factors = tuple(pool.factor_rows.get(slot, -1) for slot in rows.slots)
-        slots = list(with_rank(rows.slots, pool.host_pages))
-        return replace(rows, slots=slots, factors=factors if any(row >= 0 for row in factors) else ())
+        bottlenecks: tuple[int, ...] = ()
+        if pool.bottlenecks:
+            bottlenecks = tuple(slot if slot in pool.bottlenecks else NO_ADAPTER for slot in rows.slots)
+        return replace(
+            rows,
+            slots=list(with_rank(rows.slots, pool.host_pages)),
+            factors=factors if any(row >= 0 for row in factors) else (),
+            bottlenecks=bottlenecks if any(slot >= 0 for slot in bottlenecks) else (),
+        )
 
     def _shape_of(self, rows: DecodeRows) -> DecodeShape | None:
         count, context = len(rows.tokens), max(rows.positions) + 1
@@ -132,17 +145,25 @@ class DecodeGraphs:
         if bucket * context > _MOST_POSITIONS:
             return None
         used = {slot for slot in rows.slots if slot >= 0}
+        beside = bool(rows.factors), self._bottleneck_pages(rows)
         if not used:
-            return DecodeShape(bucket, context, 0, 0, bool(rows.factors))
+            return DecodeShape(bucket, context, 0, 0, *beside)
         assert self._decoder.pool is not None, "a row has an adapter where none is served"
         host_pages = self._decoder.pool.host_pages
         pages = max(len(host_pages[slot]) for slot in used)
         pages = _fitting(self._rank_pages, pages)
         for tiles in _tile_counts(bucket):
-            shape = DecodeShape(bucket, context, tiles, pages, bool(rows.factors))
+            shape = DecodeShape(bucket, context, tiles, pages, *beside)
             if tiles == bucket or tile_count(rows.slots, shape.tile_tokens) <= tiles:
                 return shape
         raise AssertionError("each row is a tile at most")
+
+    def _bottleneck_pages(self, rows: DecodeRows) -> int:
+        if not rows.bottlenecks:
+            return 0
+        assert self._decoder.pool is not None, "a row has an adapter where none is served"
+        own = self._decoder.pool.bottlenecks
+        return _fitting(self._rank_pages, max(len(own[slot].weights) for slot in rows.bottlenecks if slot >= 0))
 
     def _obtain(self, shape: DecodeShape) -> _Captured | None:
         found = self._captured.get(shape)
@@ -184,7 +205,11 @@ class DecodeGraphs:
     def _step(self, inputs: DecodeInputs, shape: DecodeShape) -> None:
         plan = self._decoder.lora_plan(inputs.tiles) if shape.tiles else None
         feed_tokens(inputs.batch.tokens, inputs.sources, self._tokens)
-        logits = self._decoder.compute(inputs.batch, self._kv, plan, inputs.factors)
+        bottlenecks = None
+        if shape.bottleneck_pages:
+            assert self._decoder.pool is not None, "a row has an adapter where none is served"
+            bottlenecks = inputs.bottlenecks(self._decoder.pool.bottleneck_table, RANK_PAGE)
+        logits = self._decoder.compute(inputs.batch, self._kv, plan, inputs.factors, bottlenecks)
         likeliest(logits, *(whole[: shape.rows] for whole in (self._logits, self._best, self._tokens)))
 
 

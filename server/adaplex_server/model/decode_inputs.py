@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from adaplex_server.kernels.bottleneck import BottleneckPlan
 from adaplex_server.kernels.factors import FactorPlan
 from adaplex_server.kernels.lora_tiles import FEW_TILE, FEW_TOKENS, SMALL_TILE, LoraTiles, decode_tiles
 from adaplex_server.model.batch import NO_ADAPTER, StepBatch
@@ -28,8 +29,8 @@ class DecodeRows:
     """Rows that compute one token each. Of each row: the token, its position, the row's KV pages (at least those up to
     that position; the same list until it stands for other pages, but for new ones at its end), its adapter slot or
     NO_ADAPTER, and the source of its token: GIVEN, or its place in the step before, which chooses it (`tokens` is then
-    unused). No sources: all are given. factors: the first pool row of each row's factors, -1 for none; empty where no
-    row has any.
+    unused). No sources: all are given. factors: the first pool row of each row's factors, -1 for none; bottlenecks: the
+    slot of each row that has some, else -1; empty where no row has any.
     """
 
     tokens: list[int]
@@ -38,13 +39,14 @@ class DecodeRows:
     slots: list[int]
     sources: Sequence[int] = ()
     factors: Sequence[int] = ()
+    bottlenecks: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class DecodeShape:
     """The most that a captured step serves. rows; context: positions of a row; tiles: of tokens that share an adapter,
     0 for the base alone, as many as rows where each row is a tile; rank_pages: of an adapter; factors: whether rows may
-    have some.
+    have some; bottleneck_pages: of the weights of an adapter's bottlenecks, 0 where no row may have any.
     """
 
     rows: int
@@ -52,6 +54,7 @@ class DecodeShape:
     tiles: int
     rank_pages: int
     factors: bool = False
+    bottleneck_pages: int = 0
 
     @property
     def tile_tokens(self) -> int:
@@ -64,7 +67,7 @@ class DecodeShape:
 @dataclass(frozen=True)
 class _Parts:
     """Views of one int64 buffer: the first three [R] int64, the others int32 as in `StepBatch` and `LoraTiles`.
-    sources, factors: [R], as in `DecodeRows`.
+    sources, factors, bottlenecks: [R], as in `DecodeRows`.
     """
 
     tokens: torch.Tensor
@@ -73,6 +76,7 @@ class _Parts:
     contexts: torch.Tensor
     sources: torch.Tensor
     factors: torch.Tensor
+    bottlenecks: torch.Tensor
     slots: torch.Tensor
     order: torch.Tensor
     tiles: torch.Tensor
@@ -81,14 +85,14 @@ class _Parts:
     @staticmethod
     def length(shape: DecodeShape, width: int) -> int:
         """Of the buffer, in int64."""
-        return 3 * shape.rows + -(-((5 + width) * shape.rows + 3 * shape.tiles) // 2)
+        return 3 * shape.rows + -(-((6 + width) * shape.rows + 3 * shape.tiles) // 2)
 
     @staticmethod
     def of(buffer: torch.Tensor, shape: DecodeShape, width: int) -> _Parts:
         rows, tiles = shape.rows, 3 * shape.tiles
-        sizes = [rows, rows, rows, rows, rows, tiles, rows * width]
+        sizes = [rows, rows, rows, rows, rows, rows, tiles, rows * width]
         narrow = buffer[3 * rows :].view(torch.int32)[: sum(sizes)].split(sizes)
-        contexts, sources, factors, slots, order, tile, table = narrow
+        contexts, sources, factors, bottlenecks, slots, order, tile, table = narrow
         tokens, positions, kv_slots = buffer[: 3 * rows].split(rows)
         return _Parts(
             tokens,
@@ -97,6 +101,7 @@ class _Parts:
             contexts,
             sources,
             factors,
+            bottlenecks,
             slots,
             order,
             tile.view(-1, 3),
@@ -126,6 +131,7 @@ class DecodeInputs:
         self.batch = _batch(parts, shape)
         self.sources = parts.sources
         self.factors = FactorPlan(parts.factors, ()) if shape.factors else None
+        self._bottlenecks = parts.bottlenecks
         self._shape = shape
         slots = parts.slots if shape.rows <= FEW_TOKENS else None
         self.tiles = LoraTiles(parts.order, parts.tiles, shape.tile_tokens, shape.rank_pages, slots)
@@ -142,6 +148,7 @@ class DecodeInputs:
         host["contexts"][:count] = positions + 1
         host["sources"][:count] = rows.sources or GIVEN
         host["factors"][:count] = rows.factors or -1
+        host["bottlenecks"][:count] = rows.bottlenecks or -1
         table = host["table"]
         for row, pages in enumerate(rows.pages):
             if pages is not self._pages[row] or len(pages) != self._counts[row]:
@@ -154,6 +161,12 @@ class DecodeInputs:
         self._device.copy_(self._pinned, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+
+    def bottlenecks(self, table: torch.Tensor, page_rows: int) -> BottleneckPlan | None:
+        """The plan of the shape's rows; table: the pool's, on the device."""
+        if not self._shape.bottleneck_pages:
+            return None
+        return BottleneckPlan(self._bottlenecks, table, self._shape.bottleneck_pages, page_rows, ())
 
     def _place_pages(self, row: int, pages: list[int]) -> None:
         first = self._counts[row] if pages is self._pages[row] else 0
@@ -168,7 +181,7 @@ class DecodeInputs:
         self._used = count
         host["tokens"][rest] = host["positions"][rest] = 0
         host["sources"][rest] = GIVEN
-        host["factors"][rest] = -1
+        host["factors"][rest] = host["bottlenecks"][rest] = -1
         host["kv_slots"][rest] = -1
         host["contexts"][rest] = 1
         host["table"][rest, 0] = 0

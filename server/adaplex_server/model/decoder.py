@@ -15,6 +15,7 @@ activations.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,9 @@ import torch.nn.functional as F
 
 from adaplex_server.kernels import dense
 from adaplex_server.kernels.attention import AttentionRows, attention, attention_rows
+from adaplex_server.kernels.bottleneck import BottleneckPlan, add_bottlenecks
 from adaplex_server.kernels.factors import FactorPlan
-from adaplex_server.kernels.finish import Unfinished, finish_add_norm, finish_rotary, finished
+from adaplex_server.kernels.finish import Amended, Unfinished, finish_add_norm, finish_rotary, finished
 from adaplex_server.kernels.lora import LoraPages, LoraPlan, LoraStack, plan_lora
 from adaplex_server.kernels.lora_tiles import LoraTiles
 from adaplex_server.kernels.rotary import Rotation, rotate_and_write, step_rotation
@@ -32,11 +34,16 @@ from adaplex_server.model.adapter_pool import RANK_PAGE, AdapterPool, with_rank
 from adaplex_server.model.alibi import alibi_slopes
 from adaplex_server.model.base import Base, NormWeights
 from adaplex_server.model.batch import StepBatch, VirtualSpan
+from adaplex_server.model.bottlenecks import linears_of, plan_bottlenecks
+from adaplex_server.model.ends import Ends
 from adaplex_server.model.factors import plan_factors
 from adaplex_server.model.families import FAMILIES
 from adaplex_server.model.kv_cache import KvCache
 from adaplex_server.model.rotary import rotary_tables
 from adaplex_server.model.soft_prompt import SoftPrompt
+
+Block = torch.Tensor | Unfinished | Amended
+"""What a block gives to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class _Step:
     kv_slots: torch.Tensor
     soft: tuple[tuple[VirtualSpan, SoftPrompt], ...]
     factors: FactorPlan | None
+    bottlenecks: BottleneckPlan | None
 
 
 class Decoder:
@@ -81,10 +89,12 @@ class Decoder:
         batch.
         """
         lora = self._lora.plan(batch.row_tokens, batch.row_slots) if self._lora is not None else None
-        factors = None
-        if self.pool is not None:
-            factors = plan_factors(batch.row_tokens, batch.row_slots, self.pool.factor_rows, self.base.device)
-        return self.compute(batch, kv, lora, factors)
+        factors, bottlenecks, pool = None, None, self.pool
+        if pool is not None:
+            rows = batch.row_tokens, batch.row_slots
+            factors = plan_factors(*rows, pool.factor_rows, self.base.device)
+            bottlenecks = plan_bottlenecks(*rows, pool.bottlenecks, pool.bottleneck_table, RANK_PAGE)
+        return self.compute(batch, kv, lora, factors, bottlenecks)
 
     def lora_plan(self, tiles: LoraTiles) -> LoraPlan:
         """What `compute` needs to serve the adapters of these tiles, whatever is in them by then."""
@@ -93,24 +103,31 @@ class Decoder:
 
     @torch.inference_mode()
     def compute(
-        self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None, factors: FactorPlan | None = None
+        self,
+        batch: StepBatch,
+        kv: KvCache,
+        lora: LoraPlan | None,
+        factors: FactorPlan | None = None,
+        bottlenecks: BottleneckPlan | None = None,
     ) -> torch.Tensor:
         """As `forward`, with the adapters laid out by the caller. On a GPU it reads only shapes and the batch's tuples
         from the host and never waits, so that a CUDA graph can hold it.
         """
         config = self.base.config
-        step = self._step(batch, kv, lora, factors)
+        step = self._step(batch, kv, lora, factors, bottlenecks)
         x = self._embed(batch)
-        delta: torch.Tensor | Unfinished | None = None
+        delta: Block | None = None
         for layer in range(config.num_layers):
             x, delta = self._layer(layer, x, delta, kv, step)
-        if batch.logit_tokens.shape[0] != x.shape[0] and not isinstance(delta, Unfinished):
+        if batch.logit_tokens.shape[0] != x.shape[0] and not isinstance(delta, Unfinished | Amended):
             x = x.index_select(0, batch.logit_tokens)
             delta = None if delta is None else delta.index_select(0, batch.logit_tokens)
         _, normed = self._norm(x, delta, self.base.final_norm)
         if normed.shape[0] != batch.logit_tokens.shape[0]:
             normed = normed.index_select(0, batch.logit_tokens)
         logits = dense.linear(normed, self.base.head, self.base.head_bias, out_dtype=torch.float32)
+        for ends, own in self._ends(batch, batch.row_logits):
+            ends.logits(logits[own], normed[own], self.base)
         cap = config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
@@ -118,6 +135,8 @@ class Decoder:
         """[T, hidden_size], what the first layer reads."""
         base = self.base
         x = F.embedding(batch.tokens, base.embedding)
+        for ends, own in self._ends(batch, batch.row_tokens):
+            ends.embed(x[own], batch.tokens[own])
         if self._family.scaled_embedding:
             x = x.mul_(self._embedding_scale)
         for span, soft in self._soft_prompts(batch):
@@ -133,7 +152,27 @@ class Decoder:
         assert self.pool is not None, "a row has an adapter where none is served"
         return tuple((span, self.pool.soft[span.slot]) for span in batch.virtual)
 
-    def _step(self, batch: StepBatch, kv: KvCache, lora: LoraPlan | None, factors: FactorPlan | None) -> _Step:
+    def _ends(self, batch: StepBatch, counts: tuple[int, ...]) -> Iterator[tuple[Ends, slice]]:
+        """The embedding and head of rows that have their own, and which part of the step is theirs, where each row has
+        so many of it.
+        """
+        found = {} if self.pool is None else self.pool.ends
+        if not any(slot in found for slot in batch.row_slots):
+            return
+        begin = 0
+        for slot, count in zip(batch.row_slots, counts, strict=True):
+            if slot in found and count:
+                yield found[slot], slice(begin, begin + count)
+            begin += count
+
+    def _step(
+        self,
+        batch: StepBatch,
+        kv: KvCache,
+        lora: LoraPlan | None,
+        factors: FactorPlan | None,
+        bottlenecks: BottleneckPlan | None,
+    ) -> _Step:
         config = self.base.config
         rows = attention_rows(
             batch.token_start, batch.context_lens, batch.page_table, batch.row_tokens, batch.row_contexts,
@@ -142,15 +181,15 @@ class Decoder:
         rotation = local = step_rotation(batch.positions, *self._tables, self.base.dtype)
         if self._local_tables is not None:
             local = step_rotation(batch.positions, *self._local_tables, self.base.dtype)
-        return _Step(rotation, local, rows, lora, batch.kv_slots, self._soft_prompts(batch), factors)
+        return _Step(rotation, local, rows, lora, batch.kv_slots, self._soft_prompts(batch), factors, bottlenecks)
 
     def _layer(
-        self, layer: int, x: torch.Tensor, delta: torch.Tensor | Unfinished | None, kv: KvCache, step: _Step
-    ) -> tuple[torch.Tensor, torch.Tensor | Unfinished]:
+        self, layer: int, x: torch.Tensor, delta: Block | None, kv: KvCache, step: _Step
+    ) -> tuple[torch.Tensor, Block]:
         """The residual stream and what is still to be added to it."""
         norms = self.base.layers[layer].norms
         x, normed = self._norm(x, delta, norms["attention"])
-        attended = self._attend(layer, normed, kv, step)
+        attended = self._beside(layer, "attention", x, self._attend(layer, normed, kv, step), step)
         if self.base.config.parallel_residual:
             if "mlp" in norms:
                 _, normed = self._norm(x, None, norms["mlp"])
@@ -158,10 +197,20 @@ class Decoder:
         if "after_attention" in norms:
             _, attended = self._norm(finished(attended), None, norms["after_attention"])
         x, normed = self._norm(x, attended, norms["mlp"])
-        result = self._mlp(layer, normed, step)
+        result = self._beside(layer, "mlp", x, self._mlp(layer, normed, step), step)
         if "after_mlp" in norms:
             _, result = self._norm(finished(result), None, norms["after_mlp"])
         return x, result
+
+    def _beside(self, layer: int, place: str, x: torch.Tensor, block: torch.Tensor | Unfinished, step: _Step) -> Block:
+        """What a block gives to x, with the bottlenecks of the tokens that have some."""
+        plan = step.bottlenecks
+        if plan is None or self.pool is None:
+            return block
+        first, last = (self.pool.linears[name] for name in linears_of(self.base.config, place))
+        own = finished(block)
+        add_bottlenecks(x, own, first.a[layer], last.b[layer], plan)
+        return own if isinstance(block, torch.Tensor) else Amended(block, own, (plan.slots >= 0)[:, None])
 
     def _attend(self, layer: int, x: torch.Tensor, kv: KvCache, step: _Step) -> torch.Tensor | Unfinished:
         config, keys, values = self.base.config, kv.keys[layer], kv.values[layer]
@@ -226,9 +275,7 @@ class Decoder:
         rows = self.pool.linears[linear]
         return Factored(step.factors, rows.a[layer], rows.b[layer])
 
-    def _norm(
-        self, x: torch.Tensor, delta: torch.Tensor | Unfinished | None, weights: NormWeights
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _norm(self, x: torch.Tensor, delta: Block | None, weights: NormWeights) -> tuple[torch.Tensor, torch.Tensor]:
         center = self._family.norm == "layer"
         return finish_add_norm(x, delta, weights.weight, weights.bias, self.base.config.norm_eps, center)
 

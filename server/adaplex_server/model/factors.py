@@ -21,7 +21,7 @@ from adaplex_adapters.spec import Adapter, LoraModule
 from adaplex_server.kernels.factors import FactorPlan
 from adaplex_server.model.base import Base
 from adaplex_server.model.config import ModelConfig
-from adaplex_server.model.families import linear_targets, module_paths
+from adaplex_server.model.families import base_shape, linear_targets, module_paths
 from adaplex_server.model.upload import upload
 
 INPUT_LINEARS = ("o", "down")
@@ -41,6 +41,14 @@ class Factors:
     biases: Mapping[Place, torch.Tensor]
     inputs: Mapping[Place, torch.Tensor]
     used: int
+
+
+def has_factors(adapter: Adapter, config: ModelConfig) -> bool:
+    """Whether the adapter has some on the layers' linears."""
+    head = base_shape(config).head
+    return any(path != head for path in adapter.scales) or any(
+        path != head and module.magnitude is not None for path, module in adapter.modules.items()
+    )
 
 
 def factors_of(adapter: Adapter, base: Base | None, config: ModelConfig) -> Factors | None:

@@ -15,6 +15,7 @@ from adaplex_adapters.spec import Adapter
 from adaplex_server.bases.locate import locate_base
 from adaplex_server.cli.adapters import app
 from adaplex_server.model.adapter_cost import device_bytes
+from adaplex_server.model.adapter_pool import bytes_per_page
 from adaplex_server.model.config import ModelConfig, read_config
 from adaplex_server.model.kv_cache import KvCache
 from support.bottleneck_folder import write_bottleneck
@@ -65,4 +66,5 @@ def test_what_it_costs(base: Path, tmp_path: Path) -> None:
     token = KvCache.bytes_per_page(config.num_layers, 1, config.num_kv_heads, config.head_dim, torch.bfloat16)
     assert device_bytes(adapter, config, torch.bfloat16) == 5 * token
     adapter = read_unfitted(write_bottleneck(tmp_path / "y", layers=3, hidden=64))
-    assert device_bytes(adapter, config, torch.float32) == 4 * adapter.spec.parameters
+    page = bytes_per_page(config, torch.float32)
+    assert device_bytes(adapter, config, torch.float32) == (adapter.spec.bottleneck_size // 8 + 1) * page
