@@ -205,6 +205,22 @@ class UnloadAdapterResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ComposeAdapterRequest(_message.Message):
+    __slots__ = ("name", "parts")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    parts: _containers.RepeatedCompositeFieldContainer[ComposePart]
+    def __init__(self, name: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[ComposePart, _Mapping]]] = ...) -> None: ...
+
+class ComposePart(_message.Message):
+    __slots__ = ("adapter", "weight")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    weight: float
+    def __init__(self, adapter: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "chunk")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -222,7 +238,7 @@ class FileChunk(_message.Message):
     def __init__(self, file_name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "revision", "kind", "rank", "targets", "size_bytes", "parameters", "base_model", "source", "created", "state", "running", "reason")
+    __slots__ = ("name", "revision", "kind", "rank", "targets", "size_bytes", "parameters", "base_model", "source", "created", "state", "running", "reason", "virtual_tokens", "bottleneck_size", "parts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +252,9 @@ class Adapter(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    VIRTUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BOTTLENECK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     revision: str
     kind: str
@@ -249,4 +268,17 @@ class Adapter(_message.Message):
     state: str
     running: int
     reason: str
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., kind: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., parameters: _Optional[int] = ..., base_model: _Optional[str] = ..., source: _Optional[str] = ..., created: _Optional[float] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    virtual_tokens: int
+    bottleneck_size: int
+    parts: _containers.RepeatedCompositeFieldContainer[AdapterPart]
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., kind: _Optional[str] = ..., rank: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., parameters: _Optional[int] = ..., base_model: _Optional[str] = ..., source: _Optional[str] = ..., created: _Optional[float] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., reason: _Optional[str] = ..., virtual_tokens: _Optional[int] = ..., bottleneck_size: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[AdapterPart, _Mapping]]] = ...) -> None: ...
+
+class AdapterPart(_message.Message):
+    __slots__ = ("adapter", "weight", "revision")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    weight: float
+    revision: str
+    def __init__(self, adapter: _Optional[str] = ..., weight: _Optional[float] = ..., revision: _Optional[str] = ...) -> None: ...

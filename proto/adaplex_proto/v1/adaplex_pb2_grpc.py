@@ -171,6 +171,11 @@ class AdaptersStub(object):
                 request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.Compose = channel.unary_unary(
+                '/adaplex.v1.Adapters/Compose',
+                request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.ComposeAdapterRequest.SerializeToString,
+                response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Adapter.FromString,
+                _registered_method=True)
         self.Unload = channel.unary_unary(
                 '/adaplex.v1.Adapters/Unload',
                 request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.UnloadAdapterRequest.SerializeToString,
@@ -202,6 +207,13 @@ class AdaptersServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Compose(self, request, context):
+        """Several adapters as one, under a name of its own; it stays what it is now when one of them is loaded again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Unload(self, request, context):
         """Unregisters a name. Streams that run finish on the revision they began with.
         """
@@ -225,6 +237,11 @@ def add_AdaptersServicer_to_server(servicer, server):
             'Load': grpc.stream_unary_rpc_method_handler(
                     servicer.Load,
                     request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Adapter.SerializeToString,
+            ),
+            'Compose': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compose,
+                    request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.ComposeAdapterRequest.FromString,
                     response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Adapter.SerializeToString,
             ),
             'Unload': grpc.unary_unary_rpc_method_handler(
@@ -314,6 +331,33 @@ class Adapters(object):
             target,
             '/adaplex.v1.Adapters/Load',
             adaplex__proto_dot_v1_dot_adaplex__pb2.LoadAdapterRequest.SerializeToString,
+            adaplex__proto_dot_v1_dot_adaplex__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compose(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.Adapters/Compose',
+            adaplex__proto_dot_v1_dot_adaplex__pb2.ComposeAdapterRequest.SerializeToString,
             adaplex__proto_dot_v1_dot_adaplex__pb2.Adapter.FromString,
             options,
             channel_credentials,

@@ -1,4 +1,4 @@
-"""`adaplex.v1.Adapters`: list, describe, load and unload adapters by name."""
+"""`adaplex.v1.Adapters`: list, describe, load, compose and unload adapters by name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from adaplex_proto.v1 import adaplex_pb2_grpc as pb_grpc
 from adaplex_server.grpc_api.access import caller_of
 from adaplex_server.grpc_api.errors import unary
 from adaplex_server.grpc_api.translate import adapter_message
+from adaplex_server.service.composed_name import NamedPart
 from adaplex_server.service.service import Service
 from adaplex_server.service.staged_files import StagedFiles
 
@@ -47,6 +48,16 @@ class AdaptersServicer(pb_grpc.AdaptersServicer):
             name = await _receive(requests, files)
             self._gate.check_name(caller_of(context, self._gate), name)
             return adapter_message(await self._registry.upload(name, await files.complete()))
+
+    @unary
+    async def Compose(self, request: pb.ComposeAdapterRequest, context: grpc.aio.ServicerContext) -> pb.Adapter:
+        """As durable as an upload when it is answered."""
+        check_name(request.name)
+        caller = caller_of(context, self._gate)
+        for name in (request.name, *(part.adapter for part in request.parts)):
+            self._gate.check_name(caller, name)
+        parts = [NamedPart(part.adapter, part.weight if part.HasField("weight") else 1.0) for part in request.parts]
+        return adapter_message(await self._registry.compose(request.name, parts))
 
     @unary
     async def Unload(

@@ -26,6 +26,9 @@ def adapter_message(info: AdapterInfo) -> pb.Adapter:
         state=info.state,
         running=info.running,
         reason=info.reason,
+        virtual_tokens=info.virtual_tokens,
+        bottleneck_size=info.bottleneck_size,
+        parts=[pb.AdapterPart(adapter=one.name, weight=one.weight, revision=one.revision) for one in info.parts],
     )
 
 

@@ -1,4 +1,4 @@
-"""/v1/adapters: upload, list, describe, delete."""
+"""/v1/adapters: upload, compose, list, describe, delete."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from adaplex_adapters.names import check_name
+from adaplex_server.http_api.body import read_model
 from adaplex_server.http_api.context import context_of
 from adaplex_server.http_api.operation import Operation, json_response
-from adaplex_server.http_api.schemas.inventory import Adapter, AdapterDeleted, AdapterList
+from adaplex_server.http_api.schemas.inventory import Adapter, AdapterDeleted, AdapterList, AdapterPart, ComposeRequest
 from adaplex_server.http_api.settings import HttpSettings
 from adaplex_server.http_api.upload import receive_upload
+from adaplex_server.service.composed_name import NamedPart
 from adaplex_server.service.service import Service
 from adaplex_server.service.types import AdapterInfo
 
-_UPLOAD: dict[str, Any] = {
+_CREATE: dict[str, Any] = {
     "required": True,
     "content": {
         "multipart/form-data": {
@@ -32,7 +34,8 @@ _UPLOAD: dict[str, Any] = {
                     },
                 },
             }
-        }
+        },
+        "application/json": ComposeRequest,
     },
 }
 
@@ -52,12 +55,12 @@ class Adapters:
             Operation(
                 method="POST",
                 path=many,
-                handler=self.upload,
-                summary="Upload an adapter, or a new revision of one",
-                body=_UPLOAD,
+                handler=self.create,
+                summary="Upload an adapter or a new revision of one, or compose one of others",
+                body=_CREATE,
                 answer=Adapter,
                 status=201,
-                errors=(400, 409, 413, 503, 507),
+                errors=(400, 404, 409, 413, 503, 507),
             ),
             Operation(
                 method="GET",
@@ -88,18 +91,33 @@ class Adapters:
         """One of them."""
         return json_response(_told(self._service.registry.describe(self._name(request))))
 
-    async def upload(self, request: Request) -> Response:
+    async def create(self, request: Request) -> Response:
         """Answered when the adapter is proved and durable. Once all bytes are here, the client may leave."""
+        is_json = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+        info = await (self._compose(request) if is_json else self._upload(request))
+        response = json_response(_told(info), 201)
+        response.headers["Location"] = f"/v1/adapters/{info.name}"
+        return response
+
+    async def _compose(self, request: Request) -> AdapterInfo:
+        limits, context = self._settings, context_of(request.scope)
+        body = await read_model(request, ComposeRequest, limits.max_body_bytes, limits.body_idle)
+        context.model = body.name
+        check_name(body.name)
+        for name in (body.name, *(part.adapter for part in body.compose)):
+            self._service.gate.check_name(context.caller, name)
+        return await self._service.registry.compose(
+            body.name, [NamedPart(part.adapter, part.weight) for part in body.compose]
+        )
+
+    async def _upload(self, request: Request) -> AdapterInfo:
         registry = self._service.registry
         with registry.staging() as staging:
             received = await receive_upload(request, staging, self._settings)
             context_of(request.scope).model = received.name
             check_name(received.name)
             self._service.gate.check_name(context_of(request.scope).caller, received.name)
-            info = await registry.upload(received.name, received.folder)
-        response = json_response(_told(info), 201)
-        response.headers["Location"] = f"/v1/adapters/{info.name}"
-        return response
+            return await registry.upload(received.name, received.folder)
 
     async def delete(self, request: Request) -> Response:
         """Answered when no later request can reach it and nothing of it would come back after a restart."""
@@ -131,4 +149,5 @@ def _told(info: AdapterInfo) -> Adapter:
         reason=info.reason,
         virtual_tokens=info.virtual_tokens,
         bottleneck_size=info.bottleneck_size,
+        parts=[AdapterPart(part.name, part.weight, part.revision) for part in info.parts],
     )

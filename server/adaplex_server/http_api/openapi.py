@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from adaplex_server.http_api.errors import ErrorAnswer
 from adaplex_server.http_api.operation import Operation
+from adaplex_server.http_api.time_limit import DESCRIPTION, HEADER
 
 _REF = "#/components/schemas/{}"
 _PHRASES = {
@@ -23,7 +24,7 @@ _PHRASES = {
     404: "Nothing of that name is here",
     409: "The state does not allow it now",
     413: "The body is too large",
-    429: "A queue is full; Retry-After says when to come back",
+    429: "A queue is full, the wait would be too long, or a limit is reached; Retry-After says when to come back",
     500: "This row failed, or a bug",
     503: "Not ready; Retry-After says when to come back",
     504: "The request's time ran out",
@@ -56,7 +57,7 @@ class Document:
 
 def describe(operations: Sequence[Operation]) -> dict[str, Any]:
     """The whole document as JSON values."""
-    bodies = [one.body for one in operations if isinstance(one.body, type)]
+    bodies = [kind for one in operations for kind in _contents(one.body).values() if isinstance(kind, type)]
     _, definitions = models_json_schema([(one, "validation") for one in bodies], ref_template=_REF.format("{model}"))
     structs = {one for op in operations for one in (op.answer, op.event) if isinstance(one, type)} | {ErrorAnswer}
     ordered = sorted(structs, key=lambda one: one.__name__)
@@ -89,16 +90,28 @@ def _operation(one: Operation, path: str) -> dict[str, Any]:
             **{str(status): _error(status) for status in one.errors},
         },
     }
-    names = re.findall(r"{(\w+)}", path)
-    if names:
-        told["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
-    if isinstance(one.body, dict):
-        told["requestBody"] = one.body
-    elif one.body is not None:
-        told["requestBody"] = {"required": True, "content": {"application/json": _schema(one.body)}}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", path)
+    ]
+    if 504 in one.errors:
+        seconds = {"type": "number", "exclusiveMinimum": 0}
+        parameters.append({"name": HEADER, "in": "header", "description": DESCRIPTION, "schema": seconds})
+    if parameters:
+        told["parameters"] = parameters
+    if one.body is not None:
+        content = {
+            media: _schema(kind) if isinstance(kind, type) else kind for media, kind in _contents(one.body).items()
+        }
+        told["requestBody"] = {"required": True, "content": content}
     return told
+
+
+def _contents(body: type[BaseModel] | dict[str, Any] | None) -> dict[str, Any]:
+    """What may be sent, by media type: a schema's type, or OpenAPI's own words."""
+    if body is None:
+        return {}
+    return body["content"] if isinstance(body, dict) else {"application/json": body}
 
 
 def _schema(kind: type[BaseModel] | type[msgspec.Struct]) -> dict[str, Any]:

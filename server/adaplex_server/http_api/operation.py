@@ -20,7 +20,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """method and path (Starlette's syntax). body: schema of a JSON body, or a whole OpenAPI requestBody.
+    """method and path (Starlette's syntax). body: schema of a JSON body, or a whole OpenAPI
+    requestBody, in whose content a schema may stand for a JSON body.
 
     answer: struct of the JSON answer, or the media type of another one. event: struct of a streamed event, where
     `stream: true` is possible. errors: statuses that the document lists.

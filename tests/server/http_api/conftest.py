@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from adaplex_adapters.catalogue import Lineage
 from adaplex_adapters.errors import (
     AdaplexError,
     InvalidRequest,
@@ -35,6 +36,7 @@ from adaplex_server.engine.messages import EngineInfo
 from adaplex_server.http_api.server import HttpServer, bind
 from adaplex_server.http_api.settings import HttpSettings
 from adaplex_server.service.access.gate import Gate
+from adaplex_server.service.composed_name import NamedPart
 from adaplex_server.service.limits import SamplingRequest, build_sampling
 from adaplex_server.service.types import AdapterInfo, ServiceInfo
 from adaplex_server.vocabulary import Delta, Finish, GenerateRequest, TokenLogprob
@@ -118,6 +120,11 @@ class FakeRegistry:
     async def upload(self, name: str, staging: Path) -> AdapterInfo:
         self.uploaded[name] = {one.name: one.read_bytes() for one in sorted(staging.iterdir())}
         return self.add(name, "upload")
+
+    async def compose(self, name: str, parts: Sequence[NamedPart]) -> AdapterInfo:
+        lineage = tuple(Lineage(part.name, part.weight, self.describe(part.name).revision) for part in parts)
+        self.adapters[name] = replace(self.add(name, "composition"), parts=lineage, virtual_tokens=7)
+        return self.adapters[name]
 
     async def load_path(self, name: str, path: str) -> AdapterInfo:
         if "inside" not in path:

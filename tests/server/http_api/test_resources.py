@@ -74,6 +74,36 @@ def test_upload_of_files(http: Any, service: Any) -> None:
     assert http.delete("/v1/adapters/gamma").status_code == 404
 
 
+def test_a_composition_gets_a_name(http: Any) -> None:
+    parts = [{"adapter": "alpha", "weight": 0.7}, {"adapter": "beta"}]
+    answer = http.post("/v1/adapters", json={"name": "both", "compose": parts})
+    assert (answer.status_code, answer.headers["location"]) == (201, "/v1/adapters/both")
+    told = answer.json()
+    assert (told["source"], told["virtual_tokens"]) == ("composition", 7)
+    assert told["parts"] == [
+        {"adapter": "alpha", "weight": 0.7, "revision": "ab" * 32},
+        {"adapter": "beta", "weight": 1.0, "revision": "ab" * 32},
+    ]
+    assert http.get("/v1/adapters/both").json() == told
+    assert http.get("/v1/adapters/alpha").json()["parts"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"name": "both", "compose": []}, 400, "compose"),
+        ({"name": "both", "compose": [{"adapter": "alpha"}] * 9}, 400, "compose"),
+        ({"name": "a+b", "compose": [{"adapter": "alpha"}]}, 400, "name"),
+        ({"name": "both", "compose": [{"adapter": "nobody"}]}, 404, "model"),
+        ({"name": "both", "compose": [{"adapter": "alpha", "weight": "1"}]}, 400, "compose[0].weight"),
+        ({"name": "both", "compose": [{"adapter": "alpha", "wieght": 1}]}, 400, "compose[0].wieght"),
+    ],
+)
+def test_a_composition_that_is_refused(body: dict[str, Any], status: int, param: str, http: Any) -> None:
+    answer = http.post("/v1/adapters", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
 def _zip() -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:

@@ -8,6 +8,7 @@ from msgspec import Struct
 from pydantic import Field
 
 from adaplex_server.http_api.schemas.fields import Only, RequestModel
+from adaplex_server.service.composed_name import MAX_PARTS
 
 # ---- /v1/models ------------------------------------------------------------------------------------------------------
 
@@ -47,9 +48,32 @@ class ModelDeleted(Struct, frozen=True):
 # ---- /v1/adapters ----------------------------------------------------------------------------------------------------
 
 
+class ComposePart(RequestModel):
+    """One adapter of a composition. weight: what its low-rank additions are multiplied with; other kinds have none."""
+
+    adapter: str = Field(max_length=1000)
+    weight: float = 1.0
+
+
+class ComposeRequest(RequestModel):
+    """Several adapters as one, under a name of its own. It stays what it is now when one of them is loaded again."""
+
+    name: str = Field(max_length=1000)
+    compose: list[ComposePart] = Field(min_length=1, max_length=MAX_PARTS)
+
+
+class AdapterPart(Struct, frozen=True):
+    """One adapter of which a composition was made, with the revision that it had then."""
+
+    adapter: str
+    weight: float
+    revision: str
+
+
 class Adapter(Struct, frozen=True):
     """A registered adapter. size: bytes as stored. running: rows in the engine now. reason: why it is not served.
     virtual_tokens: of a soft prompt or prefix; they count towards the context. bottleneck_size: width of bottlenecks.
+    parts: what a composition was made of.
     """
 
     name: str
@@ -67,6 +91,7 @@ class Adapter(Struct, frozen=True):
     reason: str
     virtual_tokens: int = 0
     bottleneck_size: int = 0
+    parts: list[AdapterPart] = []
     object: Literal["adapter"] = "adapter"
 
 

@@ -44,6 +44,7 @@ POLICY: Mapping[str, Need] = {
     "/adaplex.v1.Adapters/List": "observe",
     "/adaplex.v1.Adapters/Describe": "observe",
     "/adaplex.v1.Adapters/Load": "adapters",
+    "/adaplex.v1.Adapters/Compose": "adapters",
     "/adaplex.v1.Adapters/Unload": "adapters",
     "/grpc.health.v1.Health/Check": "nothing",
     "/grpc.health.v1.Health/List": "nothing",
