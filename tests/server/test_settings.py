@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adaplex_adapters.errors import StartupError
-from adaplex_server.settings import ServerSettings, host_and_port, load_settings
+from adaplex_server.settings import ServerSettings, host_and_port, load_settings, weights
 
 
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
@@ -32,6 +32,11 @@ def test_sizes_are_read_with_their_units() -> None:
         "quantize = 'int4'",
         "quant_block = 100",
         "int8_threshold = -1",
+        "adapter_weights = 'a'",
+        "adapter_weights = 'a=0'",
+        "adapter_weights = 'a=1,a=2'",
+        "adapter_weights = 'a=-1'",
+        "adapter_weights = 'a=inf'",
     ],
 )
 def test_a_bad_value_in_the_file_is_refused_with_its_key(tmp_path: Path, text: str) -> None:
@@ -39,6 +44,10 @@ def test_a_bad_value_in_the_file_is_refused_with_its_key(tmp_path: Path, text: s
     file.write_text(text)
     with pytest.raises(StartupError, match=f"'{text.split()[0]}' from the configuration file"):
         load_settings(file, {}, {})
+
+
+def test_weights_are_pairs() -> None:
+    assert weights("") == {} and weights("a=2, team/b=0.5") == {"a": 2.0, "team/b": 0.5}
 
 
 def test_unknown_keys_are_refused_wherever_they_stand(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from adaplex_server.cli.demo import demo_adapters
 from adaplex_server.engine.settings import EngineSettings
 from adaplex_server.service.access.key_store import KeyStore
 from adaplex_server.service.settings import ServiceSettings
-from adaplex_server.settings import ServerSettings
+from adaplex_server.service.training.settings import TrainingSettings
+from adaplex_server.settings import ServerSettings, weights
 
 
 def data_folder(settings: ServerSettings, base_name: str) -> Path:
@@ -46,7 +47,16 @@ def service_settings(settings: ServerSettings, progress: Callable[[str, float], 
         chat_template=chat_template(settings.chat_template),
         drain_seconds=settings.drain_seconds,
         adapter_labels=settings.adapter_labels,
+        training=TrainingSettings(
+            folder=folder / "training",
+            base=base.folder,
+            base_name=name,
+            device=settings.device,
+            memory=_plain(settings.training_memory),
+            threads=settings.threads,
+        ),
         keys=KeyStore(key_file(settings.data_dir)),
+        adapter_weights=weights(settings.adapter_weights),
         adapter_limits=Limits(
             settings.adapter_requests_per_minute, settings.adapter_tokens_per_minute, settings.adapter_streams
         ),
@@ -86,13 +96,16 @@ def engine_settings(settings: ServerSettings, base: Path, name: str, folder: Pat
         device=settings.device,
         max_rows=settings.max_rows,
         max_waiting=settings.max_waiting,
+        max_wait=settings.max_wait or None,
         max_step_tokens=settings.max_step_tokens,
         batch_invariant=settings.batch_invariant,
         max_context=settings.max_context,
         page_size=settings.page_size,
         kv_bytes=_plain(settings.kv_memory),
         adapter_bytes=_plain(settings.adapter_memory),
+        reserved_bytes=_plain(settings.training_memory) or 0,
         host_adapter_bytes=int(settings.host_adapter_memory),
+        max_head_bytes=int(settings.max_head_memory),
         max_slots=settings.max_slots,
         max_rank=settings.max_rank,
         prefix_cache=settings.prefix_cache,

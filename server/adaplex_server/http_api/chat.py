@@ -31,6 +31,7 @@ from adaplex_server.http_api.schemas.answers import (
 )
 from adaplex_server.http_api.schemas.chat import ChatCompletionRequest
 from adaplex_server.http_api.settings import HttpSettings
+from adaplex_server.http_api.time_limit import time_limit
 from adaplex_server.http_api.tokens import chat_logprobs, prompt_logprobs
 from adaplex_server.service.service import Service
 from adaplex_server.vocabulary import Delta, Finish, GenerateRequest, TokenLogprob
@@ -64,12 +65,14 @@ class ChatCompletions:
         body = await read_model(request, ChatCompletionRequest, limits.max_body_bytes, limits.body_idle)
         context = context_of(request.scope)
         context.model = body.model
-        asked = await self._request(body, context)
+        asked = await self._request(body, context, time_limit(request))
         if body.stream:
             return await open_stream(request, self._chunks(body, asked), limits)
         return json_response(await while_connected(request.receive, self._whole(body, asked)))
 
-    async def _request(self, body: ChatCompletionRequest, context: RequestContext) -> GenerateRequest:
+    async def _request(
+        self, body: ChatCompletionRequest, context: RequestContext, deadline: float | None
+    ) -> GenerateRequest:
         try:
             prompt = await self._service.chat([message.templated() for message in body.messages])
             return self._service.request(
@@ -77,6 +80,7 @@ class ChatCompletions:
                 prompt=prompt,
                 sampling=body.sampling(max_tokens=body.answer_tokens, logprobs=body.alternatives),
                 request_id=context.request_id,
+                deadline=deadline,
                 caller=context.caller,
             )
         except InvalidRequest as error:

@@ -25,6 +25,7 @@ from adaplex_server.http_api.operation import Operation, json_response
 from adaplex_server.http_api.schemas.answers import Completion, TextChoice
 from adaplex_server.http_api.schemas.completions import CompletionRequest, Prompt
 from adaplex_server.http_api.settings import HttpSettings
+from adaplex_server.http_api.time_limit import time_limit
 from adaplex_server.service.service import Service
 from adaplex_server.vocabulary import Finish, GenerateRequest
 
@@ -67,12 +68,12 @@ class Completions:
         body = await read_model(request, CompletionRequest, limits.max_body_bytes, limits.body_idle)
         context = context_of(request.scope)
         context.model = body.model
-        asked = await self._requests(body, context)
+        asked = await self._requests(body, context, time_limit(request))
         if body.stream:
             return await open_stream(request, self._chunks(body, asked), limits)
         return json_response(await while_connected(request.receive, self._whole(body, asked)))
 
-    async def _requests(self, body: CompletionRequest, context: RequestContext) -> list[_Asked]:
+    async def _requests(self, body: CompletionRequest, context: RequestContext, deadline: float | None) -> list[_Asked]:
         """Every prompt is checked before the first one starts."""
         prompts = body.prompt
         if len(prompts) > self._settings.max_prompts:
@@ -95,6 +96,7 @@ class Completions:
                 sampling=wishes,
                 default_max_tokens=DEFAULT_MAX_TOKENS,
                 request_id=context.request_id if len(prompts) == 1 else f"{context.request_id}-{i}",
+                deadline=deadline,
                 caller=context.caller,
             )
             asked.append(_Asked(made, prompt))

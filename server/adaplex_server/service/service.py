@@ -234,7 +234,8 @@ class Service:
 
         self._answers.add(answer)
         self._idle.clear()
-        answer.submit(revision, self.registry.virtual_tokens(model), self._engine.next_row, row_ended)
+        weight = self.settings.adapter_weights.get(model, 1.0)
+        answer.submit(revision, self.registry.virtual_tokens(model), self._engine.next_row, row_ended, weight)
         return answer
 
     def _check_open(self) -> None:

@@ -37,8 +37,8 @@ class ServiceSettings:
     which it is killed and started again. adapter_labels: adapters that get metric series of
     their own, the others are "other". keys: the API keys, None for a server that asks for none.
     training: of fine-tuning jobs; None for the defaults, inside data_dir. adapter_limits: of
-    each adapter, over all callers. engine_command: what is started; the number of the inherited socket is
-    appended.
+    each adapter, over all callers. adapter_weights: names with another share of a busy engine than 1. engine_command:
+    what is started; the number of the inherited socket is appended.
     """
 
     data_dir: Path
@@ -59,4 +59,5 @@ class ServiceSettings:
     keys: KeyStore | None = None
     training: TrainingSettings | None = None
     adapter_limits: Limits = field(default_factory=Limits)
+    adapter_weights: Mapping[str, float] = field(default_factory=dict)
     engine_command: tuple[str, ...] = ENGINE_COMMAND
