@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from adaplex_adapters.errors import InvalidAdapter, InvalidRequest
-from adaplex_adapters.folder import KEPT_FILES, TENSOR_FILE
 from adaplex_adapters.peft_fields import CONFIG_FILE
 from adaplex_server.cli.remote import DEFAULT_SERVER, Server, call
 
@@ -41,6 +40,8 @@ def list_adapters(server: Server = DEFAULT_SERVER) -> None:
 @app.command("add")
 def add_adapter(name: str, folder: Path, server: Server = DEFAULT_SERVER) -> None:
     """Upload a PEFT folder and serve it under NAME; an adapter of that name is replaced without dropping a stream."""
+    from adaplex_adapters.folder import KEPT_FILES, TENSOR_FILE  # torch takes a second to import
+
     there = [file for file in KEPT_FILES if (folder / file).is_file()]
     if CONFIG_FILE not in there or len(there) < 2:
         raise InvalidRequest(f"{folder} holds no {CONFIG_FILE} or no {TENSOR_FILE}; give the folder that PEFT saved")

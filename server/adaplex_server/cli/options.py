@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import ByteSize
@@ -52,11 +52,24 @@ def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
         rich_help_panel=info.title,
         show_default=False,
         metavar=None if is_switch else _metavar(info),
+        autocompletion=_completion(info),
     )
     kind = bool if is_switch else str
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _completion(info: FieldInfo) -> Callable[[str], list[str]] | None:
+    """What a shell offers for a setting of a few words; None leaves it to the shell, which knows files."""
+    if get_origin(info.annotation) is not Literal:
+        return None
+    words = [str(word) for word in get_args(info.annotation)]
+
+    def offered(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return offered
 
 
 def _shown_default(info: FieldInfo) -> str:
