@@ -200,7 +200,10 @@ class TrainOptions:
     metric_rows: int = _option(50, WATCH, "Held-out rows that are answered for the metrics.", within=(1, 100_000))
     best_by: str = _option("loss", WATCH, "Which measurement says what is best.", "metric_for_best_model")
     keep_best: bool = _option(
-        True, WATCH, "The result is the best measured checkpoint, not the last.", "load_best_model_at_end"
+        True,
+        WATCH,
+        "The result is the best measured checkpoint, not the last (with 5 held-out rows or more).",
+        "load_best_model_at_end",
     )
     early_stopping: int | None = _option(
         None,

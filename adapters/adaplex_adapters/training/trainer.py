@@ -37,6 +37,9 @@ from adaplex_adapters.training.rows import Rows, prepare_rows
 
 SAVED_DTYPE = torch.bfloat16
 LONGEST_CURVE = 4000
+CHECKPOINT_SECONDS = 10.0
+FEWEST_JUDGES = 5
+"""Held-out rows without which no measurement is called the best: on one or two of them it would be chance."""
 # What may differ between the parts of an interrupted run: it changes no weight.
 _FREE_TO_CHANGE = ("logging_steps", "tensorboard", "save_strategy", "save_steps", "save_total_limit", "save_only_model")
 
@@ -142,6 +145,8 @@ class Run:
         self._measuring = Measuring(base, self.adapter, rows, options, self._pad)
         self._best_weights: dict[str, torch.Tensor] = {}
         self._kept = _Kept()
+        self._keeps_best = options.keep_best and len(rows.held_out) >= FEWEST_JUDGES
+        self._saved_at = time.monotonic()
         self._digest = run_digest(rows, base, options)
 
     def train(self) -> Iterator[list[Batch]]:
@@ -165,7 +170,7 @@ class Run:
             self._kept.seconds, began = self._kept.seconds + time.monotonic() - began, time.monotonic()
             measured = self._due(self._options.eval_strategy, self._options.eval_steps, at_end=True)
             stopped_early = measured and self._measure()
-            if measured or stopping or self._due(self._options.save_strategy, self._options.save_steps, at_end=False):
+            if stopping or self._wants_checkpoint(measured):
                 self._save()
             began = time.monotonic()
             if stopped_early:
@@ -178,7 +183,7 @@ class Run:
     def finish(self, out: Path) -> TrainResult:
         """Take the best weights, round them, measure them once more, and write the result."""
         best = self._kept.best
-        if self._options.keep_best and self._best_weights:
+        if self._keeps_best and self._best_weights:
             _load(self.adapter, self._best_weights)
         self.adapter.settle(SAVED_DTYPE)
         after = self._measuring.adapter(self.course.step)
@@ -232,12 +237,24 @@ class Run:
     def _save(self) -> None:
         if self._around.checkpoints is None:
             return
+        self._saved_at = time.monotonic()
         best = None if self._kept.best is None else int(self._kept.best["step"])
         weights = {name: p.detach().cpu().clone() for name, p in self.adapter.trained().items()}
         state = Checkpoint(self._digest, self.course.state(), weights, self._best_weights, asdict(self._kept))
         options = self._options
         path = self._around.checkpoints.write(state, options.save_total_limit, best, options.save_only_model)
         self._progress.saved(self.course.step, path)
+
+    def _wants_checkpoint(self, measured: bool) -> bool:
+        """At every chosen step. At epochs and measurements, which may be a moment apart, only some seconds after the
+        one before, and at the end.
+        """
+        options = self._options
+        if options.save_strategy == "steps" and self._due("steps", options.save_steps, at_end=False):
+            return True
+        due = measured or self._due(options.save_strategy, options.save_steps, at_end=False)
+        last = self.course.step == self._steps
+        return due and (last or time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS)
 
     def _due(self, strategy: str, every: int, at_end: bool) -> bool:
         step = self.course.step
@@ -271,7 +288,7 @@ class Run:
             held_out_after=None if after is None else after.loss,
             metrics_before={} if kept.before is None else dict(kept.before["metrics"]),
             metrics_after={} if after is None else dict(after.metrics),
-            best_step=int(best["step"]) if best is not None and self._options.keep_best else None,
+            best_step=int(best["step"]) if best is not None and self._keeps_best else None,
             peak_bytes=peak_bytes(self._base.device),
             planned_bytes=self._around.planned_bytes,
         )
