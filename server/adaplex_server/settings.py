@@ -213,9 +213,25 @@ class ServerSettings(BaseModel):
         ByteSize | None,
         Field(title="Memory", description="For adapters on the device; a share of what is free unless given."),
     ] = None
+    training_memory: Annotated[
+        ByteSize | None,
+        Field(
+            title="Memory",
+            description="Kept free for fine-tuning jobs, and the most that one may take; nothing is kept free unless "
+            "given, and a job may then take what is left.",
+        ),
+    ] = None
     host_adapter_memory: Annotated[
         ByteSize, Field(title="Memory", description="For adapters kept ready in host memory.")
     ] = ByteSize(2 << 30)
+    max_head_memory: Annotated[
+        ByteSize,
+        Field(
+            title="Memory",
+            description="An adapter's own embedding and head at most; each one that is on the device takes as much "
+            "there as its own are large, beside adapter_memory.",
+        ),
+    ] = ByteSize(256 << 20)
 
     adapter_labels: Annotated[
         int,

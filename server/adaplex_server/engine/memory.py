@@ -46,7 +46,8 @@ class MemoryPlan:
 
 def plan_memory(settings: EngineSettings, model: ModelBytes, free: int, on_gpu: bool, probe_tokens: int) -> MemoryPlan:
     """`free`: bytes left after the base was loaded."""
-    usable = max(0, free - (model.step + RUNTIME_BYTES if on_gpu else model.step))
+    kept = model.step + settings.reserved_bytes + (RUNTIME_BYTES if on_gpu else 0)
+    usable = max(0, free - kept)
     wanted_context = min(settings.max_context or model.max_context, model.max_context)
     row_pages = -(-wanted_context // settings.page_size)
     probe_pages = -(-probe_tokens // settings.page_size)
