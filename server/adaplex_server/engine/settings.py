@@ -24,18 +24,18 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     from its own config. dtype: of activations;
     "auto" follows the checkpoint (bfloat16 where it is float16 on a CPU). store: folder of the AdapterStore.
 
-    max_rows: rows of one step at most. max_waiting: length of the queue. max_wait: expected seconds
-    in it above which a row is refused. max_step_tokens: tokens of one step at most
-    (a longer prompt is prefilled in chunks); None for what suits the device (`with_step_tokens`). batch_invariant: a
-    row's logits have the same bits alone or mixed, however its prompt is cut, and after a preemption; a CPU keeps to
-    that always, a GPU by small steps. max_context: None for the model's own. kv_bytes, adapter_bytes: device memory
-    for KV pages and for adapter rank rows; None takes a share of what is free. reserved_bytes: left free beside
-    that, for a trainer. host_adapter_bytes: adapters kept in host memory. max_head_bytes: device memory of an adapter's own embedding and head at most, beside adapter_bytes.
-    max_rank: rank of an adapter at most. threads: CPU threads of the model, None for all cores.
-    decode_graphs: on a GPU, replay decode steps as CUDA graphs; they change no number and cost memory and a few seconds
-    at start. overlap: launch a step before the host knows what the one before it chose, so that the device does not
-    wait for the host; None on a GPU. It changes no number. weight_cache: folder in which the weights are kept as a GPU
-    has them, None for nowhere.
+    max_rows: rows of one step at most. max_waiting: length of the queue. max_wait: expected seconds in it above which a
+    row is refused. max_step_tokens: tokens of one step at most (a longer prompt is prefilled in chunks); None for what
+    suits the device (`with_step_tokens`). batch_invariant: a row's logits have the same bits alone or mixed, however
+    its prompt is cut, and after a preemption; a CPU keeps to that always, a GPU by small steps. max_context: None for
+    the model's own. kv_bytes, adapter_bytes: device memory for KV pages and for adapter rank rows; None takes a share
+    of what is free. reserved_bytes: left free beside that, for a trainer. host_adapter_bytes: adapters kept in host
+    memory. max_head_bytes: device memory of an adapter's own embedding and head at most, beside adapter_bytes.
+    max_rank: rank of an adapter at most. threads: CPU threads of the model, None for all cores. decode_graphs: on a
+    GPU, replay decode steps as CUDA graphs; they change no number and cost memory and a few seconds at start. overlap:
+    launch a step before the host knows what the one before it chose, so that the device does not wait for the host;
+    None on a GPU. It changes no number. weight_cache: folder in which the weights are kept as a GPU has them, None for
+    nowhere.
     """
 
     base: str
