@@ -19,7 +19,7 @@ from adaplex_server.model.base import Base
 
 class AdapterSource:
     """read: an adapter from the store, its content verified. base: what they are for. files: None where images are not
-    kept.
+    kept. most_ends: bytes of an adapter's own embedding and head at most.
     """
 
     def __init__(
@@ -29,12 +29,14 @@ class AdapterSource:
         layout: ImageLayout,
         arena: HostArena,
         files: ImageFiles | None = None,
+        most_ends: int | None = None,
     ) -> None:
         self.layout = layout
         self._read = read
         self._base = base
         self._arena = arena
         self._files = files
+        self._most_ends = most_ends
 
     def load(self, revision: str) -> AdapterImage:
         """The image of this revision. Raises what the store raises, or InvalidAdapter."""
@@ -49,7 +51,7 @@ class AdapterSource:
             if image is None:
                 self._arena.give(taken)
                 taken = []
-                image = lay_out(self._read(revision), self.layout, take, self._base)
+                image = lay_out(self._read(revision), self.layout, take, self._base, self._most_ends)
         except BaseException:
             self._arena.give(taken)
             raise

@@ -75,7 +75,7 @@ def assemble(
     sizes = model_bytes(settings, base.config, base.dtype, device)
     plan = plan_memory(settings, sizes, free_bytes(device), device.type == "cuda", PROBE_TOKENS + VIRTUAL_PROBE_TOKENS)
     layout = ImageLayout.of(base.config, pool_dtype(base.dtype, device))
-    source = AdapterSource(read, base, layout, _host_arena(settings, layout, device), images)
+    source = AdapterSource(read, base, layout, _host_arena(settings, layout, device), images, settings.max_head_bytes)
     parts = _build_parts(settings, base, plan, source, inbox, send)
     info = EngineInfo(
         pid=os.getpid(),

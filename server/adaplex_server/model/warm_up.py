@@ -9,7 +9,9 @@ from itertools import product
 
 import torch
 
+from adaplex_server.kernels.bottleneck import BottleneckPlan
 from adaplex_server.kernels.lora_tiles import FEW_TILE, FEW_TOKENS, LARGE_TILE, NO_SLOT, SMALL_TILE, LoraTiles
+from adaplex_server.model.adapter_image import RANK_PAGE
 from adaplex_server.model.batch_builder import RowInput, build_batch
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.kv_cache import KvCache
@@ -42,6 +44,9 @@ def warm_up(decoder: Decoder, page_size: int, max_tokens: int) -> None:
         most = decoder.pool.slot_pages.shape[1]
         for tile_tokens, rank_pages in product((1, FEW_TILE), {1, most}):
             decoder.compute(few, kv, decoder.lora_plan(_empty_tile(tile_tokens, rank_pages, 1, base.device)))
+        nobody = torch.full((1,), NO_SLOT, dtype=torch.int32, device=base.device)
+        plan = BottleneckPlan(nobody, decoder.pool.bottleneck_table, 1, RANK_PAGE, ())
+        decoder.compute(few, kv, None, bottlenecks=plan)
         if prompt > FEW_TOKENS:
             many = build_batch([RowInput([0] * prompt, 0, pages)], page_size, base.device)
             for tile_tokens, rank_pages in product((SMALL_TILE, LARGE_TILE), {1, most}):
