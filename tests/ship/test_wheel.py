@@ -97,7 +97,8 @@ def test_it_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
         assert "Usage" in run(adaplex, *command)
     seen = run(
         *(str(python), "-c"),
-        "import adaplex_loadtest, adaplex_server.cli.serve, adaplex_server.grpc_api.server\nimport adaplex_server.engine.engine\n"
+        "import adaplex_loadtest, adaplex_server.cli.serve, adaplex_server.grpc_api.server\n"
+        "import adaplex_server.engine.engine\n"
         "from adaplex_server.cli.demo import demo_adapters\n"
         "print(adaplex_server.__file__, *demo_adapters())",
     ).split()
