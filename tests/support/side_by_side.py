@@ -38,7 +38,7 @@ def _modules(base: Base, rank: int, seed: int, *, dora: bool) -> dict[str, LoraM
         a = torch.randn(rank, shape.in_features, generator=generator) * 0.2
         b = torch.randn(shape.out_features, rank, generator=generator) * 0.2
         magnitude = torch.rand(shape.out_features, generator=generator) * 4 if dora else None
-        modules[path] = LoraModule(a, b, 0.7, magnitude)
+        modules[path] = LoraModule(a, b, 0.75, magnitude)
     return modules
 
 
