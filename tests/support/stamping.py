@@ -19,7 +19,7 @@ from adaplex_server.engine.engine import Engine
 from adaplex_server.engine.executor import Executor
 from adaplex_server.engine.host_adapters import AdapterRead
 from adaplex_server.engine.memory import MemoryPlan
-from adaplex_server.engine.messages import RowEnd, RowToken, StepDone
+from adaplex_server.engine.messages import AdapterMoved, RowEnd, RowToken, StepDone
 from adaplex_server.engine.parts import Parts, connect
 from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.settings import EngineSettings
@@ -163,6 +163,7 @@ class World:
     tokens: dict[int, list[RowToken]] = field(default_factory=dict)
     ends: dict[int, list[RowEnd]] = field(default_factory=dict)
     other: list[msgspec.Struct] = field(default_factory=list)
+    moves: list[AdapterMoved] = field(default_factory=list)
 
     def step(self) -> bool:
         """Handle what has come, make a step, audit everything, and sort what was sent."""
@@ -176,6 +177,8 @@ class World:
                     self.tokens.setdefault(token.row, []).append(token)
                 for end in message.ends:
                     self.ends.setdefault(end.row, []).append(end)
+            elif isinstance(message, AdapterMoved):
+                self.moves.append(message)
             else:
                 self.other.append(message)
         self.sent.clear()

@@ -35,11 +35,13 @@ from adaplex_server.engine.messages import (
     LoadAdapter,
     Shutdown,
     StepDone,
+    StepFigures,
     Submit,
     ToEngine,
 )
 from adaplex_server.engine.parts import Parts
 from adaplex_server.engine.row import Work
+from adaplex_server.engine.step_figures import step_figures
 from adaplex_server.model.adapter_pool import RANK_PAGE
 
 Inbox = queue.SimpleQueue[ToEngine | AdapterRead]
@@ -62,6 +64,7 @@ class Engine:
         self._launched_at = 0.0
         self._steps = 0
         self._step_seconds = 0.0
+        self._figures: StepFigures | None = None
 
     def run(self) -> None:
         """Until a Shutdown."""
@@ -149,7 +152,9 @@ class Engine:
             self.parts.scheduler.commit(one, outcome, now)
         self._steps += 1
         # What it shared with the step before counts as that one's.
-        self._step_seconds += now - max(self._launched_at, self._last_settled)
+        seconds = now - max(self._launched_at, self._last_settled)
+        self._step_seconds += seconds
+        self._figures = step_figures(step.work, seconds)
         self._last_settled = now
         if self._steps % _STEPS_TO_RECOVER == 0:
             self.parts.scheduler.recover()
@@ -159,7 +164,8 @@ class Engine:
         """One message for all that has happened."""
         tokens, ends = self.parts.scheduler.take_events()
         if settled or ends:
-            self.parts.send(StepDone(tokens, ends, self.stats()))
+            figures, self._figures = self._figures, None
+            self.parts.send(StepDone(tokens, ends, self.stats(), figures))
         return bool(ends)
 
     def _until_deadline(self) -> float | None:
@@ -187,4 +193,6 @@ class Engine:
             prefix_query_tokens=p.scheduler.query_tokens,
             steps=self._steps,
             step_seconds=self._step_seconds,
+            slots_total=p.slots.total_slots,
+            host_adapter_bytes=p.residency.host_bytes,
         )

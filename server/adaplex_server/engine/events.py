@@ -25,13 +25,20 @@ class Events:
         """The row has one token more, already among its tokens."""
         first = row.generated == 1
         scores = row.scores if first and row.sampling.prompt_logprobs is not None else None
-        self._tokens.append(RowToken(row.id, token, outcome.logprob, scores, row.cached_tokens if first else 0))
+        if first:
+            told = RowToken(row.id, token, outcome.logprob, scores, row.cached_tokens, row.began)
+        else:
+            told = RowToken(row.id, token, outcome.logprob)
+        self._tokens.append(told)
 
     def end(self, row: Row, reason: FinishReason, stop: tuple[int | None, TokenLogprob | None]) -> None:
         """The row has ended without an error. stop: the token that ended it, which was not told as a token."""
         whole = len(row.scores) == row.prompt_length - row.virtual
         scores = row.scores if row.generated == 0 and whole else None
-        self._ends.append(RowEnd(row.id, reason, stop_token=stop[0], prompt_logprobs=scores, stop_logprob=stop[1]))
+        began = row.began if row.generated == 0 else 0.0
+        self._ends.append(
+            RowEnd(row.id, reason, stop_token=stop[0], prompt_logprobs=scores, stop_logprob=stop[1], began=began)
+        )
 
     def error(self, row: int, error: AdaplexError) -> None:
         """The row of this id has ended with an error."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ _READS = 2
 
 @dataclass(frozen=True)
 class AdapterRead:
-    """A read has ended: with the adapter, or with what went wrong."""
+    """A read has ended: with the adapter, or with what went wrong. seconds: that it took."""
 
     revision: str
     result: AdapterImage | Exception
+    seconds: float = 0.0
 
 
 class Source(Protocol):
@@ -70,11 +72,12 @@ class AdapterReader:
                 log.exception("an adapter could not be kept on disk")
 
     def _read(self, revision: str) -> None:
+        began = time.monotonic()
         try:
             result: AdapterImage | Exception = self._source.load(revision)
         except Exception as error:
             result = error
-        self._deliver(AdapterRead(revision, result))
+        self._deliver(AdapterRead(revision, result, time.monotonic() - began))
         if isinstance(result, AdapterImage):
             self._source.keep(result)
 

@@ -9,6 +9,8 @@ Every accepted `Submit` ends in exactly one `RowEnd`, also after a `Cancel` (rea
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from adaplex_server.vocabulary import FinishReason, SamplingParams, TokenLogprob
@@ -100,9 +102,9 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-class RowToken(msgspec.Struct, frozen=True):
-    """One new token of a row. logprob is set when asked for. prompt_logprobs and cached_tokens come with the first
-    token only.
+class RowToken(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One new token of a row. logprob is set when asked for. prompt_logprobs, cached_tokens and began come with the
+    first token only; began: time.monotonic() seconds at which the row got its place in a step, 0 if not told.
     """
 
     row: int
@@ -110,14 +112,15 @@ class RowToken(msgspec.Struct, frozen=True):
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     cached_tokens: int = 0
+    began: float = 0.0
 
 
-class RowEnd(msgspec.Struct, frozen=True):
+class RowEnd(msgspec.Struct, frozen=True, omit_defaults=True):
     """The one final word on a row. error: class name in the error tree when reason is "error".
 
     When a stop or end token ended the row it is `stop_token` and was not sent as a RowToken. prompt_logprobs is set
     here when asked for and no token was sent (max_tokens 0: scoring only). stop_logprob: of the stop token, when
-    logprobs were asked for.
+    logprobs were asked for. began: as in RowToken, when no token was sent.
     """
 
     row: int
@@ -128,10 +131,11 @@ class RowEnd(msgspec.Struct, frozen=True):
     stop_token: int | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     stop_logprob: TokenLogprob | None = None
+    began: float = 0.0
 
 
-class EngineStats(msgspec.Struct, frozen=True):
-    """Gauges and running totals (totals count since the engine started)."""
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges and running totals (totals count since the engine started). Told with every step, so without names."""
 
     waiting: int
     running: int
@@ -148,14 +152,31 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefix_query_tokens: int
     steps: int
     step_seconds: float
+    slots_total: int = 0
+    host_adapter_bytes: int = 0
+
+
+class StepFigures(msgspec.Struct, frozen=True, array_like=True):
+    """What one step was. seconds: of its own, without what it shared with the step before. prefill_rows: rows that
+    computed tokens of their prompts (or of an answer whose pages were given up). tokens: computed, of all rows.
+    adapters: different revisions in the batch. base_rows: rows without an adapter.
+    """
+
+    seconds: float
+    rows: int
+    prefill_rows: int
+    tokens: int
+    adapters: int
+    base_rows: int
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):
-    """Everything that one step did: one message a step."""
+    """Everything that one step did: one message a step. figures: None if rows ended without one."""
 
     tokens: list[RowToken]
     ends: list[RowEnd]
     stats: EngineStats
+    figures: StepFigures | None = None
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
@@ -177,6 +198,16 @@ class AdapterFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class AdapterMoved(msgspec.Struct, frozen=True, tag=True):
+    """An adapter was brought nearer: "read" from the store into host memory, or by "copy" from there to the device (as
+    long as its rows waited for it).
+    """
+
+    revision: str
+    stage: Literal["read", "copy"]
+    seconds: float
+
+
 class AdapterDropped(msgspec.Struct, frozen=True, tag=True):
     """The revision is gone; bytes of device memory that became reclaimable."""
 
@@ -185,4 +216,4 @@ class AdapterDropped(msgspec.Struct, frozen=True, tag=True):
     freed_bytes: int
 
 
-FromEngine = Ready | Progress | Failed | StepDone | AdapterLoaded | AdapterFailed | AdapterDropped
+FromEngine = Ready | Progress | Failed | StepDone | AdapterLoaded | AdapterFailed | AdapterMoved | AdapterDropped

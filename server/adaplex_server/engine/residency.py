@@ -16,7 +16,14 @@ import msgspec
 from adaplex_adapters.errors import AdaplexError, InternalError, InvalidAdapter, ModelNotFound
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
 from adaplex_server.engine.host_adapters import AdapterRead, HostAdapters
-from adaplex_server.engine.messages import AdapterDropped, AdapterFailed, AdapterLoaded, DropAdapter, LoadAdapter
+from adaplex_server.engine.messages import (
+    AdapterDropped,
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterMoved,
+    DropAdapter,
+    LoadAdapter,
+)
 from adaplex_server.engine.placement import Placement
 from adaplex_server.engine.prefix_cache import PrefixCache
 from adaplex_server.engine.scheduler import Scheduler
@@ -43,6 +50,14 @@ class _Call:
     began: float
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """To a slot, under way."""
+
+    reservation: Reservation
+    began: float
+
+
 class Residency:
     """send: a message to the API process."""
 
@@ -65,10 +80,15 @@ class Residency:
         self._device = device
         self._send = send
         self._proofs: dict[str, float] = {}
-        self._arriving: dict[str, Reservation] = {}
+        self._arriving: dict[str, _Copy] = {}
         self._loading: dict[str, list[_Call]] = {}
         self._dropping: dict[str, list[int]] = {}
         self._dropped: set[str] = set()
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the adapters in host memory."""
+        return self._hosts.nbytes
 
     def refusal(self, revision: str | None) -> AdaplexError | None:
         """Why no row of this revision may be queued, if it may not."""
@@ -115,6 +135,7 @@ class Residency:
             error = read.result
             self._fail(read.revision, error if isinstance(error, AdaplexError) else InternalError(repr(error)))
             return
+        self._send(AdapterMoved(read.revision, "read", read.seconds))
         rank, most = read.result.rank, self._slots.pages_per_slot
         if pages_of_rank(rank) > most or len(read.result.pages) > self._slots.total_pages:
             rows = most * RANK_PAGE
@@ -129,15 +150,15 @@ class Residency:
         """
         reservation = self._scheduler.place()
         if reservation is not None:
-            self._begin(reservation)
+            self._begin(reservation, clock())
         if self._arriving and not self._scheduler.running:
-            self._device.wait(next(iter(self._arriving.values())).slot.index)
-        came = [one for one in self._arriving.values() if self._device.landed(one.slot.index)]
+            self._device.wait(next(iter(self._arriving.values())).reservation.slot.index)
+        came = [one for one in self._arriving.values() if self._device.landed(one.reservation.slot.index)]
         for one in came:
             self._settle(one, clock)
         return reservation is not None or bool(came or self._arriving)
 
-    def _begin(self, reservation: Reservation) -> None:
+    def _begin(self, reservation: Reservation, now: float) -> None:
         revision, slot = reservation.revision, reservation.slot
         image = self._hosts.get(revision)
         assert image is not None, "a slot was reserved for an adapter that is not in host memory"
@@ -146,13 +167,14 @@ class Residency:
         except AdaplexError as error:
             self._refuse(reservation, error)
         else:
-            self._arriving[revision] = reservation
+            self._arriving[revision] = _Copy(reservation, now)
 
-    def _settle(self, reservation: Reservation, clock: Callable[[], float]) -> None:
+    def _settle(self, copy: _Copy, clock: Callable[[], float]) -> None:
         """All of it is on the device: prove it, unless that was done before, and let its rows begin."""
-        revision = reservation.revision
+        reservation, revision = copy.reservation, copy.reservation.revision
         del self._arriving[revision]
         self.loads += 1
+        self._send(AdapterMoved(revision, "copy", clock() - copy.began))
         try:
             if revision not in self._proofs:
                 self._proofs[revision] = self._device.prove(reservation.slot.index)

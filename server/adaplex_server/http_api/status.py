@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 from importlib.metadata import version
 
 from starlette.requests import Request
@@ -63,8 +65,12 @@ class Status:
 
     async def metrics(self, request: Request) -> Response:
         """The exposition, as the service's registry makes it."""
-        body, media_type = self._service.metrics.exposition()
-        return Response(body, headers={"content-type": media_type})
+        body, media_type = await self._service.scrape()
+        headers = {"content-type": media_type, "vary": "accept-encoding"}
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            body = await asyncio.to_thread(gzip.compress, body, 1)
+            headers["content-encoding"] = "gzip"
+        return Response(body, headers=headers)
 
     async def version(self, request: Request) -> Response:
         """The version of the installed distribution."""

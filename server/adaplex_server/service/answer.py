@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -19,9 +19,10 @@ from adaplex_server.service.choice import Choice
 from adaplex_server.service.engine_link import EngineLink
 from adaplex_server.service.limits import SEED_SPACE
 from adaplex_server.service.mailbox import Event, Mailbox
-from adaplex_server.service.metrics import Series
+from adaplex_server.service.series import Series
 from adaplex_server.service.stops import StopMatcher, build_stops
 from adaplex_server.service.text_codec import TextCodec
+from adaplex_server.service.trace import RowTimes, Trace
 from adaplex_server.vocabulary import Delta, Finish, GenerateRequest
 
 DEADLINE_GRACE = 2.0
@@ -29,31 +30,46 @@ DEADLINE_GRACE = 2.0
 
 
 class _Row:
-    """Listens to one row of an answer. on_end: called once, when the engine is done with the row."""
+    """Listens to one row of an answer; these are its `RowTimes`. on_end: called once, when the engine is done with the
+    row.
+    """
 
-    __slots__ = ("_answer", "_began", "_last", "_on_end", "_series", "id", "index")
+    __slots__ = ("_answer", "_began", "_on_end", "_series", "ended", "first", "id", "index", "last", "placed", "tokens")
 
     def __init__(self, answer: Answer, index: int, row_id: int, began: float, on_end: Callable[[], None]) -> None:
         self.index = index
         self.id = row_id
         self._answer = answer
         self._began = began
-        self._last = 0.0
+        self.placed = self.first = self.last = self.ended = 0.0
+        self.tokens = 0
         self._series = answer.series
         self._on_end = on_end
 
     def on_token(self, token: RowToken, now: float) -> None:
         series = self._series
         series.generated_tokens += 1
+        self.tokens += 1
         self._answer.lease.used(1)
-        if self._last:
-            series.between_tokens.observe(now - self._last)
+        if self.first:
+            series.between_tokens.observe(now - self.last)
         else:
+            self.first = now
             series.first_token.observe(now - self._began)
-        self._last = now
+            series.cached_tokens += token.cached_tokens
+            self._place(token.began)
+        self.last = now
         self._answer.receive(self.index, token)
 
+    def _place(self, began: float) -> None:
+        if began:
+            self.placed = began
+            self._series.queue.observe(max(0.0, began - self._began))
+
     def on_end(self, end: RowEnd, now: float) -> None:
+        self._place(end.began)
+        self.ended = now
+        self._series.shapes.row_ended(self.tokens, self.placed, self.first, self.last)
         self._on_end()
         self._answer.receive(self.index, end)
 
@@ -95,6 +111,7 @@ class Answer:
         self._timer: asyncio.TimerHandle | None = None
         # How the request ended, for its count: a reader that leaves early changes nothing here.
         self.outcome = "cancelled"
+        self.trace: Trace | None = None
 
     def submit(
         self,
@@ -113,6 +130,7 @@ class Answer:
             self._timer = asyncio.get_running_loop().call_later(request.deadline + DEADLINE_GRACE, self._too_late)
         prompt = list(request.prompt)
         self.series.prompt_tokens += len(prompt)
+        self.series.shapes.asked(len(prompt), request.n, request.sampling.max_tokens)
         for index in range(request.n):
             sampling = request.sampling
             if index:
@@ -121,6 +139,11 @@ class Answer:
             self._rows.append(row)
             priority = request.priority
             self._link.submit(Submit(row.id, prompt, sampling, revision, deadline, priority, virtual, weight), row)
+
+    @property
+    def rows(self) -> Sequence[RowTimes]:
+        """The way of each row so far, in the order of the choices."""
+        return self._rows
 
     @property
     def open(self) -> bool:

@@ -16,7 +16,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from adaplex_adapters.errors import StartupError, Unavailable
-from adaplex_server.engine.messages import EngineInfo, Failed, FromEngine, Progress, Ready, StepDone, ToEngine
+from adaplex_server.engine.messages import (
+    AdapterMoved,
+    EngineInfo,
+    Failed,
+    FromEngine,
+    Progress,
+    Ready,
+    StepDone,
+    ToEngine,
+)
+from adaplex_server.service.engine_figures import EngineFigures
 from adaplex_server.service.engine_link import EngineLink
 from adaplex_server.service.engine_process import EngineProcess, launch
 from adaplex_server.service.settings import ServiceSettings
@@ -59,6 +69,7 @@ class EngineClient:
     def __init__(self, settings: ServiceSettings, on_progress: Callable[[str, float], None] | None = None) -> None:
         self._settings = settings
         self._on_progress = on_progress
+        self.figures = EngineFigures()
         self._ids = itertools.count(1)
         self._state = EngineState("starting", "the engine is being started")
         self._link: EngineLink | None = None
@@ -214,6 +225,10 @@ class EngineClient:
     def _on_message(self, link: EngineLink, message: FromEngine, began: float) -> None:
         if isinstance(message, StepDone):
             link.on_step(message)
+            if message.figures is not None:
+                self.figures.on_step(message.figures)
+        elif isinstance(message, AdapterMoved):
+            self.figures.on_moved(message)
         elif isinstance(message, Progress):
             self._progress(message.text, message.fraction)
         elif isinstance(message, Ready):

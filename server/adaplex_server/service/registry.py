@@ -82,6 +82,18 @@ class Registry:
         """All names, sorted; also those that cannot be served, with the reason."""
         return tuple(self._info(name) for name in sorted({*self._entries, *self._failed}))
 
+    @property
+    def count(self) -> int:
+        """How many names `list` has."""
+        return len(self._entries.keys() | self._failed.keys())
+
+    def kind(self, name: str) -> str:
+        """Of the adapter of this name: "base" for the base, "composition" for several, "" for one that is gone."""
+        if name in self._base_names:
+            return "base"
+        entry = self._entries.get(name)
+        return entry.spec.kind if entry is not None else "composition" if is_composed(name) else ""
+
     def describe(self, name: str) -> AdapterInfo:
         """One name. Raises ModelNotFound with the names that there are."""
         if name not in self._entries and name not in self._failed:

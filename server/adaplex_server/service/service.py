@@ -17,8 +17,9 @@ from adaplex_server.service.access.gate import Gate
 from adaplex_server.service.answer import Answer
 from adaplex_server.service.engine_client import EngineClient
 from adaplex_server.service.limits import MAX_CHOICES, SamplingRequest, build_sampling
-from adaplex_server.service.metrics import Metrics, reason_of
+from adaplex_server.service.metrics import Metrics, RowInFlight, Sources
 from adaplex_server.service.registry import Registry
+from adaplex_server.service.series import reason_of
 from adaplex_server.service.settings import ServiceSettings
 from adaplex_server.service.text_codec import TextCodec
 from adaplex_server.service.training.fine_tuning import FineTuning
@@ -50,9 +51,15 @@ class Service:
         self.metrics = Metrics(
             settings.engine.base_name,
             settings.adapter_labels,
-            stats=lambda: self.stats() if self._engine.running else None,
-            restarts=lambda: self._engine.state.restarts,
-            registered=lambda: len(self.registry.list()),
+            self._engine.figures,
+            Sources(
+                stats=lambda: self.stats() if self._engine.running else None,
+                info=lambda: self._engine.state.info,
+                restarts=lambda: self._engine.state.restarts,
+                registered=lambda: self.registry.count,
+                ready=lambda: self.info().ready,
+                rows=self._rows_in_flight,
+            ),
         )
         self._text: TextCodec | None = None
         self._answers: set[Answer] = set()
@@ -192,7 +199,7 @@ class Service:
             await self.registry.prepare(request.model)
             answer = self._begin(request)
         except AdaplexError as error:
-            self.metrics.refused(error)
+            self.metrics.refused(error, request.model if self.registry.kind(request.model) else None)
             raise
         try:
             while answer.open:
@@ -232,6 +239,8 @@ class Service:
             if revision is not None:
                 self.registry.end_use(model, revision)
 
+        if self.settings.tracer is not None:
+            answer.trace = self.settings.tracer.begin(request, answer.began)
         self._answers.add(answer)
         self._idle.clear()
         weight = self.settings.adapter_weights.get(model, 1.0)
@@ -247,8 +256,10 @@ class Service:
         answer.lease.release()
         seconds = time.monotonic() - answer.began
         self._pace += 0.1 * (seconds - self._pace)
-        answer.series.requests[answer.outcome] += 1
+        answer.series.ended(answer.outcome)
         answer.series.whole_request.observe(seconds)
+        if answer.trace is not None:
+            answer.trace.end(answer.outcome, answer.rows)
         self._answers.discard(answer)
         if not self._answers:
             self._idle.set()
@@ -277,6 +288,23 @@ class Service:
             started=self._started,
             engine=engine.info,
         )
+
+    async def scrape(self) -> tuple[bytes, str]:
+        """What Prometheus reads, and its media type."""
+        try:
+            training = await asyncio.to_thread(self.training.figures)
+        except AdaplexError as error:
+            log.warning("training jobs are left out of the metrics: %s", error)
+            training = None
+        return self.metrics.exposition(training)
+
+    def _rows_in_flight(self) -> list[RowInFlight]:
+        return [
+            RowInFlight(answer.request.model, self.registry.kind(answer.request.model) or "unloaded", row.first > 0)
+            for answer in self._answers
+            for row in answer.rows
+            if not row.ended
+        ]
 
     def stats(self) -> EngineStats:
         """The engine's latest figures; zeros while there is no engine."""

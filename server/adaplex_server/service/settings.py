@@ -13,6 +13,7 @@ from pathlib import Path
 from adaplex_server.caller import Limits
 from adaplex_server.engine.settings import EngineSettings
 from adaplex_server.service.access.key_store import KeyStore
+from adaplex_server.service.trace import Tracer
 from adaplex_server.service.training.settings import TrainingSettings
 
 ENGINE_COMMAND = (sys.executable, "-m", "adaplex_server.engine")
@@ -38,7 +39,7 @@ class ServiceSettings:
     their own, the others are "other". keys: the API keys, None for a server that asks for none.
     training: of fine-tuning jobs; None for the defaults, inside data_dir. adapter_limits: of
     each adapter, over all callers. adapter_weights: names with another share of a busy engine than 1. engine_command:
-    what is started; the number of the inherited socket is appended.
+    what is started; the number of the inherited socket is appended. tracer: told of every request; None for none.
     """
 
     data_dir: Path
@@ -61,3 +62,4 @@ class ServiceSettings:
     adapter_limits: Limits = field(default_factory=Limits)
     adapter_weights: Mapping[str, float] = field(default_factory=dict)
     engine_command: tuple[str, ...] = ENGINE_COMMAND
+    tracer: Tracer | None = None

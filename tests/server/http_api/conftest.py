@@ -137,11 +137,6 @@ class FakeRegistry:
         return self.adapters.pop(name)
 
 
-class FakeMetrics:
-    def exposition(self) -> tuple[bytes, str]:
-        return b"adaplex_up 1\n", "text/plain; version=0.0.4; charset=utf-8"
-
-
 class FakeService:
     """Answers `[model|prompt|choice]`, a token at a time; knows what is running."""
 
@@ -150,12 +145,14 @@ class FakeService:
         self.gate = Gate(None, Limits())
         self.training: Any = None
         self.registry = FakeRegistry()
-        self.metrics = FakeMetrics()
         self.running: list[GenerateRequest] = []
         self.asked: list[GenerateRequest] = []
         self.status = ServiceInfo(BASE, ("base",), "ready", "", 1.0, 0, 1.7e9, ENGINE)
         for name in ("alpha", "beta", *BEHAVIOURS):
             self.registry.add(name)
+
+    async def scrape(self) -> tuple[bytes, str]:
+        return b"adaplex_up 1\n", "text/plain; version=0.0.4; charset=utf-8"
 
     def info(self) -> ServiceInfo:
         return self.status

@@ -199,7 +199,9 @@ def test_vllms_adapter_routes(http: Any, service: Any) -> None:
 def test_metrics_and_version(http: Any) -> None:
     answer = http.get("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    assert answer.text == "adaplex_up 1\n"
+    assert answer.text == "adaplex_up 1\n" and answer.headers["content-encoding"] == "gzip"
+    plain = http.get("/metrics", headers={"accept-encoding": "identity"})
+    assert plain.text == "adaplex_up 1\n" and "content-encoding" not in plain.headers
     assert http.get("/version").json()["version"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from adaplex_adapters.errors import Conflict, Unavailable
 from adaplex_adapters.names import check_name
+from adaplex_server.service.training.figures import TrainingFigures
 from adaplex_server.service.training.file_store import FileStore
 from adaplex_server.service.training.job_store import JobStore
 from adaplex_server.service.training.ledger import Ledger
@@ -99,6 +100,13 @@ class FineTuning:
         await ledger.add(job, word(f"Created job {job_id} for the adapter '{name}'."))
         runner.wake()
         return job
+
+    def figures(self) -> TrainingFigures | None:
+        """For a scrape; reads the disk. None while the server starts."""
+        if self._opened is None:
+            return None
+        rows = self._opened[0].rows
+        return TrainingFigures(rows.counts(), rows.running())
 
     async def cancel(self, job_id: str) -> Job:
         """End a job that has not ended. Raises NotFound, Conflict."""

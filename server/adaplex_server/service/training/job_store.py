@@ -14,6 +14,7 @@ from typing import Any
 
 from adaplex_adapters.database import Schema, changing, open_database, sqlite_errors
 from adaplex_adapters.errors import NotFound
+from adaplex_server.service.training.figures import RunningJob, running_job
 from adaplex_server.service.training.types import Checkpoint, Job, JobError, JobEvent, StoredFile, Told
 
 _SCHEMA = Schema(
@@ -105,6 +106,20 @@ class JobStore:
     def jobs(self) -> tuple[Job, ...]:
         """All, the newest first."""
         return tuple(_job(body) for (body,) in self._select("SELECT body FROM jobs ORDER BY created DESC, id DESC"))
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs have each status, of those that any has."""
+        return dict(self._select("SELECT status, count(*) FROM jobs GROUP BY status"))
+
+    def running(self) -> tuple[RunningJob, ...]:
+        """Jobs that run now, each with what it told of its last step."""
+        found = []
+        for body in self._select("SELECT body FROM jobs WHERE status = 'running'"):
+            job = _job(*body)
+            query = "SELECT data FROM events WHERE job = ? AND kind = 'metrics' ORDER BY number DESC LIMIT 5"
+            told = [json.loads(data) for (data,) in self._select(query, job.id)]
+            found.append(running_job(job.adapter, next((one for one in told if "loss" in one), {})))
+        return tuple(found)
 
     # ---- what they have told -----------------------------------------------------------------------------------------
 
