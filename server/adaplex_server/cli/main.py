@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from adaplex_server.cli import adapters, bases, bench, jobs, keys
+from adaplex_server.cli.health import health_command
 from adaplex_server.cli.merge import merge_command
 from adaplex_server.cli.run import run
 from adaplex_server.cli.serve import serve
@@ -38,6 +39,7 @@ def _options(
 
 
 app.command("serve")(serve)
+app.command("health")(health_command)
 app.command("train", cls=TrainCommand)(train_command)
 app.command("merge")(merge_command)
 app.add_typer(adapters.app, name="adapters")
