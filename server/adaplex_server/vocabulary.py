@@ -15,6 +15,17 @@ from adaplex_server.caller import ANYONE, Caller
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 
+class Constraint(msgspec.Struct, frozen=True):
+    """What the text of an answer must be, whole.
+
+    kind "json": text is a JSON schema; "regex": a regular expression; "lark": a grammar in llguidance's variant of
+    Lark's language (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
+    """
+
+    kind: Literal["json", "regex", "lark"]
+    text: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a row's tokens are chosen. Defaults are OpenAI's; each range is checked once, in `service.limits`.
 
@@ -25,7 +36,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     token (0: the chosen one only; at most 20). prompt_logprobs: the same for each prompt token but the first.
     Log-probabilities are of the raw model distribution. stop_token_ids end the row (the stop token is not part of the
     text); ignore_eos keeps going over the model's own end tokens; until min_tokens are generated, no end or stop token
-    can be chosen.
+    can be chosen. constraint: only tokens that keep to it can be chosen, and end tokens only where it is fulfilled; an
+    answer that can only end ends, whatever min_tokens is.
     """
 
     max_tokens: int
@@ -43,6 +55,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,5 @@
-"""Changes to logits before a token is chosen: penalties, bias, and the ban of end tokens before min_tokens.
+"""Changes to logits before a token is chosen: penalties, bias, the ban of end tokens before min_tokens, and what a
+constraint allows.
 
 Penalties: CTRL's repetition penalty (Keskar et al. 2019) over prompt and generated tokens, then OpenAI's presence and
 frequency penalties over generated ones.
@@ -11,6 +12,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from adaplex_server.engine.guide import Guide
 from adaplex_server.engine.row import Row
 from adaplex_server.model.upload import upload
 
@@ -21,8 +23,9 @@ def adjust(logits: torch.Tensor, rows: Sequence[Row], eos: frozenset[int]) -> to
     """logits [R, V] float32 as the rows want them; the same tensor if no row wants anything, else a changed copy."""
     penalized = [i for i, row in enumerate(rows) if _penalized(row)]
     biased = [(i, token, value) for i, row in enumerate(rows) for token, value in row.sampling.logit_bias.items()]
-    banned = [(i, token) for i, row in enumerate(rows) for token in _banned(row, eos)]
-    if not (penalized or biased or banned):
+    guided = {i: row for i, row in enumerate(rows) if _guided(row)}
+    banned = [(i, token) for i, row in enumerate(rows) if i not in guided for token in _banned(row, eos)]
+    if not (penalized or biased or banned or guided):
         return logits
     logits = logits.clone()
     if penalized:
@@ -32,17 +35,47 @@ def adjust(logits: torch.Tensor, rows: Sequence[Row], eos: frozenset[int]) -> to
         logits.index_put_(_index([(i, token) for i, token, _ in biased], logits), values, accumulate=True)
     if banned:
         logits.index_put_(_index(banned, logits), logits.new_full((1,), -torch.inf))
+    if guided:
+        _constrain(logits, guided, eos)
     return logits
 
 
 def is_adjusted(row: Row, eos: frozenset[int]) -> bool:
     """Whether `adjust` would change this row's logits."""
-    return _penalized(row) or bool(row.sampling.logit_bias) or bool(_banned(row, eos))
+    return _penalized(row) or _guided(row) or bool(row.sampling.logit_bias) or bool(_banned(row, eos))
 
 
 def _penalized(row: Row) -> bool:
     s = row.sampling
     return s.repetition_penalty != 1 or (row.generated > 0 and (s.presence_penalty != 0 or s.frequency_penalty != 0))
+
+
+def _guided(row: Row) -> bool:
+    """A row that has ended has a wasted place, and its guide is done."""
+    return row.guide is not None and row.state != "ended"
+
+
+def _constrain(logits: torch.Tensor, rows: dict[int, Row], eos: frozenset[int]) -> None:
+    """Make impossible, in place, what the constraints of these rows do not allow."""
+    guides = []
+    for row in rows.values():
+        assert row.guide is not None
+        row.guide.advance(row.tokens[row.prompt_length :])
+        guides.append(row.guide)
+    vocab_size = logits.shape[-1]
+    allowed = Guide.allowed(guides, [_banned(row, eos) for row in rows.values()], vocab_size)
+    forbidden = _bits(upload(allowed, torch.uint8, logits.device))[:, :vocab_size].logical_not_()
+    if len(rows) == len(logits):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        places = upload([*rows], torch.int64, logits.device)
+        logits.index_copy_(0, places, logits.index_select(0, places).masked_fill_(forbidden, -torch.inf))
+
+
+def _bits(packed: torch.Tensor) -> torch.Tensor:
+    """packed [R, W] uint8: its bits, lowest first, [R, W * 8] bool."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> places & 1).flatten(1).bool()
 
 
 def _banned(row: Row, eos: frozenset[int]) -> Collection[int]:

@@ -17,6 +17,7 @@ from adaplex_server.engine.adapter_source import AdapterSource
 from adaplex_server.engine.base_source import obtain_base
 from adaplex_server.engine.engine import Engine, Inbox
 from adaplex_server.engine.executor import Executor
+from adaplex_server.engine.grammars import Grammars
 from adaplex_server.engine.host_adapters import AdapterReader
 from adaplex_server.engine.host_arena import HostArena
 from adaplex_server.engine.image_files import ImageFiles
@@ -143,6 +144,7 @@ def _build_parts(
         eos=eos,
         vocab_size=config.vocab_size,
         max_scores=max_scores(config),
+        grammars=Grammars(Path(settings.base), config.vocab_size, eos, inbox.put),
     )
 
 

@@ -26,7 +26,9 @@ from collections.abc import Callable
 
 import torch
 
+from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.engine.executor import Forwarded, Launched
+from adaplex_server.engine.grammars import Guided
 from adaplex_server.engine.host_adapters import AdapterRead
 from adaplex_server.engine.messages import (
     Cancel,
@@ -44,7 +46,7 @@ from adaplex_server.engine.row import Work
 from adaplex_server.engine.step_figures import step_figures
 from adaplex_server.model.adapter_pool import RANK_PAGE
 
-Inbox = queue.SimpleQueue[ToEngine | AdapterRead]
+Inbox = queue.SimpleQueue[ToEngine | AdapterRead | Guided]
 
 _STEPS_TO_RECOVER = 256
 
@@ -105,22 +107,46 @@ class Engine:
         except queue.Empty:
             return True
 
-    def _handle(self, message: ToEngine | AdapterRead) -> None:
+    def _handle(self, message: ToEngine | AdapterRead | Guided) -> None:
         p, now = self.parts, self._clock()
         if isinstance(message, Submit):
-            error = p.residency.refusal(message.revision)
-            if error is None:
-                p.scheduler.submit(message, now)
-            else:
-                p.scheduler.refuse(message, error)
+            self._submit(message, now)
         elif isinstance(message, Cancel):
+            waits = p.grammars.take(message.row) if p.grammars else None
+            if waits is not None:
+                p.scheduler.submit(waits, now)
             p.scheduler.cancel(message.row)
+        elif isinstance(message, Guided):
+            self._begin_guided(message, now)
         elif isinstance(message, LoadAdapter):
             p.residency.load(message, now)
         elif isinstance(message, DropAdapter):
             p.residency.drop(message)
         elif isinstance(message, AdapterRead):
             p.residency.receive(message)
+
+    def _submit(self, message: Submit, now: float) -> None:
+        p = self.parts
+        error = p.residency.refusal(message.revision)
+        if error is not None:
+            p.scheduler.refuse(message, error)
+        elif message.sampling.constraint is None:
+            p.scheduler.submit(message, now)
+        elif p.grammars is not None:
+            p.grammars.want(message)
+        else:
+            p.scheduler.refuse(message, InvalidRequest("this engine takes no constraints"))
+
+    def _begin_guided(self, made: Guided, now: float) -> None:
+        p = self.parts
+        message = p.grammars.take(made.row) if p.grammars else None
+        if message is None:
+            return  # cancelled meanwhile
+        error = made.error or p.residency.refusal(message.revision)
+        if error is not None:
+            p.scheduler.refuse(message, error)
+        else:
+            p.scheduler.submit(message, now, made.guide)
 
     def _forward(self, work: list[Work]) -> Forwarded | None:
         """None if the device has no memory for it."""

@@ -9,6 +9,7 @@ import msgspec
 
 from adaplex_server.engine.adapter_slots import AdapterSlots
 from adaplex_server.engine.executor import Executor
+from adaplex_server.engine.grammars import Grammars
 from adaplex_server.engine.host_adapters import HostAdapters, Reads
 from adaplex_server.engine.memory import MemoryPlan
 from adaplex_server.engine.page_pool import PagePool
@@ -23,7 +24,9 @@ Send = Callable[[msgspec.Struct], None]
 
 @dataclass(frozen=True)
 class Parts:
-    """probe_pages: KV pages that belong to the probe. send: a message to the API process."""
+    """probe_pages: KV pages that belong to the probe. send: a message to the API process. grammars: None for an
+    engine that takes no constraints.
+    """
 
     scheduler: Scheduler
     residency: Residency
@@ -33,6 +36,7 @@ class Parts:
     slots: AdapterSlots
     probe_pages: tuple[int, ...]
     send: Send
+    grammars: Grammars | None = None
 
     def check_integrity(self) -> None:
         """Everything that is owned adds up (tests call it after every step)."""
@@ -53,6 +57,7 @@ def connect(
     eos: frozenset[int],
     vocab_size: int,
     max_scores: int,
+    grammars: Grammars | None = None,
 ) -> Parts:
     """device: makes the adapter device from the probe's KV pages. reads: has adapters read, which come back as
     `AdapterRead`s in the inbox. max_scores: see `Limits`.
@@ -77,4 +82,4 @@ def connect(
     )
     scheduler = Scheduler(limits, cache, slots, placement)
     residency = Residency(scheduler, placement, slots, hosts, cache, device(probe_pages), send)
-    return Parts(scheduler, residency, executor, pool, cache, slots, tuple(probe_pages), send)
+    return Parts(scheduler, residency, executor, pool, cache, slots, tuple(probe_pages), send, grammars)

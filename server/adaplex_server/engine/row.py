@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from adaplex_server.vocabulary import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from adaplex_server.engine.guide import Guide
 
 
 @dataclass(eq=False)
@@ -20,6 +23,8 @@ class Row:
     has never run. scores: log-probabilities of the prompt's own tokens gathered so far. kept_pages: how many of `pages`
     have been offered to the prefix cache. began: when it first got its place in a step. A preempted row has text and
     slot, no pages.
+
+    guide: which tokens may come next, None for any.
 
     A launched step has been planned and given to the device; a settled one has had its outcomes committed. computed:
     tokens whose keys and values lie in `pages` once every launched step is done. settled: those of settled steps.
@@ -49,6 +54,7 @@ class Row:
     state: Literal["new", "waiting", "running", "preempted", "ended"] = "new"
     kept_pages: int = 0
     slot: int | None = None
+    guide: Guide | None = None
     scores: list[TokenLogprob | None] = field(default_factory=list)
 
     @property

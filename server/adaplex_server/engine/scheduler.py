@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, Overloaded, RowFailed, Unavailable
+from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, InvalidRequest, Overloaded, RowFailed, Unavailable
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
 from adaplex_server.engine.admission import queue_refusal, refusal
 from adaplex_server.engine.events import Events
+from adaplex_server.engine.guide import Guide
 from adaplex_server.engine.leaving import Leaving
 from adaplex_server.engine.messages import RowEnd, RowToken, Submit
 from adaplex_server.engine.pace import Pace
@@ -96,7 +97,7 @@ class Scheduler:
         self._arrivals += 1
         return (priority, self._arrivals)
 
-    def submit(self, message: Submit, now: float) -> None:
+    def submit(self, message: Submit, now: float, guide: Guide | None = None) -> None:
         """Queue a row, or end it at once when it cannot be served."""
         sampling, virtual = message.sampling, message.virtual_tokens
         length = virtual + len(message.prompt)
@@ -112,6 +113,7 @@ class Scheduler:
             max_tokens=min(sampling.max_tokens, self.max_context - length),
             virtual=virtual,
             weight=message.weight,
+            guide=guide,
             scores=[None] if sampling.prompt_logprobs is not None else [],
         )
         self._rows[row.id] = row
@@ -210,6 +212,9 @@ class Scheduler:
                 "the numbers of this row are not finite (its adapter's weights may be too large); nothing else is hurt"
             )
             self.fail(row, RowFailed(what))
+            return
+        if row.guide is not None and row.guide.error:
+            self.fail(row, InvalidRequest(row.guide.error))
             return
         row.settled = work.start + work.count
         row.scores.extend(outcome.scores)

@@ -74,6 +74,7 @@ class ChatCompletions:
         self, body: ChatCompletionRequest, context: RequestContext, deadline: float | None
     ) -> GenerateRequest:
         try:
+            await self._service.check(body.constraint)
             prompt = await self._service.chat([message.templated() for message in body.messages])
             return self._service.request(
                 model=body.model,

@@ -85,6 +85,7 @@ class Completions:
             echo=bool(body.echo),
             prompt_logprobs=body.prompt_alternatives,
         )
+        await self._service.check(body.constraint)
         begin = body.add_special_tokens is not False
         asked = []
         for i, prompt in enumerate(prompts):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adaplex_adapters.errors import InvalidRequest, PromptTooLong
-from adaplex_server.vocabulary import SamplingParams
+from adaplex_server.vocabulary import Constraint, SamplingParams
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -53,6 +53,7 @@ class SamplingRequest:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     echo: bool = False
+    constraint: Constraint | None = None
     priority: int | None = None
 
 
@@ -169,6 +170,10 @@ def build_sampling(
     default_max_tokens: None for the rest of the context (chat), 16 for OpenAI's completions. Raises InvalidRequest
     with the field in `param`, PromptTooLong when prompt and answer do not fit.
     """
+    if wish.constraint is not None and wish.ignore_eos:
+        raise InvalidRequest(
+            "ignore_eos is not possible with a constraint, whose fulfilment ends the answer", param="ignore_eos"
+        )
     max_tokens = resolve_max_tokens(wish, prompt_tokens, max_context, default_max_tokens)
     seed = secrets.randbits(62) if wish.seed is None else _whole("seed", wish.seed, 0, -SEED_SPACE, 2 * SEED_SPACE - 1)
     top_k = _whole("top_k", wish.top_k, 0, -1, 1 << 31)
@@ -190,6 +195,7 @@ def build_sampling(
         prompt_logprobs=None
         if wish.prompt_logprobs is None
         else _whole("prompt_logprobs", wish.prompt_logprobs, 0, 0, MAX_LOGPROBS),
+        constraint=wish.constraint,
     )
     return Sampling(
         params=params,

@@ -15,6 +15,7 @@ from adaplex_server.caller import ANYONE, Caller
 from adaplex_server.engine.messages import EngineInfo, EngineStats
 from adaplex_server.service.access.gate import Gate
 from adaplex_server.service.answer import Answer
+from adaplex_server.service.constraints import ConstraintCheck
 from adaplex_server.service.engine_client import EngineClient
 from adaplex_server.service.limits import MAX_CHOICES, SamplingRequest, build_sampling
 from adaplex_server.service.metrics import Metrics, RowInFlight, Sources
@@ -25,7 +26,7 @@ from adaplex_server.service.text_codec import TextCodec
 from adaplex_server.service.training.fine_tuning import FineTuning
 from adaplex_server.service.training.settings import TrainingSettings
 from adaplex_server.service.types import ServiceInfo, ServiceState
-from adaplex_server.vocabulary import Delta, Finish, GenerateRequest
+from adaplex_server.vocabulary import Constraint, Delta, Finish, GenerateRequest
 
 log = logging.getLogger(__name__)
 THREAD_CHARS = 8192
@@ -62,6 +63,7 @@ class Service:
             ),
         )
         self._text: TextCodec | None = None
+        self._constraint_check = ConstraintCheck()
         self._answers: set[Answer] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -146,6 +148,11 @@ class Service:
         if _is_short(messages) and not tools:
             return tuple(codec.chat(messages))
         return tuple(await asyncio.to_thread(codec.chat, messages, tools=tools))
+
+    async def check(self, constraint: Constraint | None) -> None:
+        """Raises InvalidRequest if no answer can keep to it, as far as that is seen without an answer."""
+        if constraint is not None:
+            await self._constraint_check(constraint)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 

@@ -11,25 +11,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from adaplex_adapters.errors import InvalidRequest, StartupError
+from adaplex_adapters.errors import InvalidRequest
+from adaplex_server.bases.tokenizer import load_tokenizer
 from adaplex_server.service.control_tokens import ControlTokens
 from adaplex_server.service.conversation import check_messages, check_text
 from adaplex_server.service.detokenizer import Detokenizer, TokenBytes, token_bytes
-
-
-def _load(folder: Path) -> Any:
-    """The fast tokenizer of a folder, through transformers: it knows every layout and converts old ones."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds; each one means the same here
-        raise StartupError(
-            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}); tokenizer.json is needed"
-        ) from error
-    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
-        raise StartupError(f"the tokenizer in {folder} has no fast version; add a tokenizer.json")
-    return tokenizer
 
 
 class TextCodec:
@@ -39,11 +25,8 @@ class TextCodec:
     """
 
     def __init__(self, folder: Path, *, chat_template: str | None = None) -> None:
-        self._templates = _load(folder)
+        self._templates = load_tokenizer(folder)
         self._tokenizer: Tokenizer = self._templates.backend_tokenizer
-        # A tokenizer.json may have been saved with either; both would change prompts silently.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._chat_template = chat_template or self._templates.chat_template
         self._control = ControlTokens(self._tokenizer)
         self.table: TokenBytes = token_bytes(self._tokenizer)

@@ -157,6 +157,9 @@ class FakeService:
     def info(self) -> ServiceInfo:
         return self.status
 
+    async def check(self, constraint: Any) -> None:
+        pass
+
     async def encode(self, text: str, *, add_special: bool = True) -> tuple[int, ...]:
         return tuple(self.text.encode(text))
 

@@ -69,12 +69,19 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"tool_choice": "required"}, "tool_choice", "not supported"),
     ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
     ({"audio": {"voice": "x"}}, "audio", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type", "json_object"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes with"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format", "only once"),
+    ({"structured_outputs": {"json": {}, "regex": "a"}}, "response_format", "only once"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "must be a JSON schema"),
+    ({"guided_choice": []}, "guided_choice", "not empty"),
+    ({"guided_grammar": "root ::= ("}, "guided_grammar", "GBNF"),
+    ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "not possible with a constraint"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
     ({"store": True}, "store", "not supported"),
     ({"service_tier": "flex"}, "service_tier", "'auto' or 'default'"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "not supported"),
-    ({"guided_json": {}}, "guided_json", "not supported"),
+    ({"guided_json": []}, "guided_json", "must be a JSON schema"),
 ]
 
 

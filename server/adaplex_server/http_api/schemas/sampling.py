@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from adaplex_server.http_api.schemas.fields import LogitBias, Only, RequestModel, Stop, StreamOptions, TokenIds
+from adaplex_server.http_api.schemas.fields import ConflictingFields, LogitBias, Only, Stop, StreamOptions, TokenIds
+from adaplex_server.http_api.schemas.formats import ConstraintFields
 from adaplex_server.service.limits import SamplingRequest
 
 
-class SamplingFields(RequestModel):
+class SamplingFields(ConstraintFields):
     """Ranges are checked in `service.limits`, for HTTP and gRPC alike; here only types are."""
 
     model: str = Field(description="The base, or the adapter that is to answer.", max_length=1000)
@@ -46,16 +47,16 @@ class SamplingFields(RequestModel):
     skip_special_tokens: Annotated[Any, Only(True)] = None
     spaces_between_special_tokens: Annotated[Any, Only(True)] = None
     truncate_prompt_tokens: Annotated[Any, Only()] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
     use_beam_search: Annotated[Any, Only(False)] = None
     length_penalty: Annotated[Any, Only(1.0, 1)] = None
-    structured_outputs: Annotated[Any, Only()] = None
-    guided_json: Annotated[Any, Only()] = None
-    guided_regex: Annotated[Any, Only()] = None
-    guided_choice: Annotated[Any, Only()] = None
-    guided_grammar: Annotated[Any, Only()] = None
     logits_processors: Annotated[Any, Only([])] = None
     bad_words: Annotated[Any, Only([])] = None
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> SamplingFields:
+        if self.constraint is not None and self.ignore_eos:
+            raise ConflictingFields("ignore_eos", "is not possible with a constraint, whose fulfilment ends the answer")
+        return self
 
     @property
     def wants_usage(self) -> bool:
@@ -84,5 +85,6 @@ class SamplingFields(RequestModel):
             "logprobs": logprobs,
             "prompt_logprobs": self.prompt_logprobs,
             "priority": self.priority,
+            "constraint": self.constraint,
         }
         return SamplingRequest(**{**wishes, **more})
