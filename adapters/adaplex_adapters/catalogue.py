@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaplex_adapters.durable import disk_errors, sync
+from adaplex_adapters.database import Schema, changing, open_database, read_only, sqlite_errors, version_of
+from adaplex_adapters.durable import disk_errors
 from adaplex_adapters.errors import NotFound, StartupError, StorageFailed
 from adaplex_adapters.names import check_name
 from adaplex_adapters.spec import AdapterSpec
 
 SCHEMA_VERSION = 3
 SOURCES = ("upload", "folder", "trainer", "composition")
-_APPLICATION_ID = 0x41445058  # "ADPX"
-_SCHEMA = f"""
+_TABLES = """
 CREATE TABLE adapters (
     name TEXT PRIMARY KEY, generation INTEGER NOT NULL, created REAL NOT NULL, source TEXT NOT NULL,
     revision TEXT NOT NULL, kind TEXT NOT NULL, rank INTEGER NOT NULL, targets TEXT NOT NULL,
@@ -36,8 +36,6 @@ CREATE TABLE adapters (
 ) STRICT;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 INSERT INTO counters VALUES ('generation', 0);
-PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
 """
 _FIRST_COLUMNS = "name, generation, created, source, revision, kind, rank, targets, parameters, nbytes, base_model"
 _SECOND_COLUMNS = f"{_FIRST_COLUMNS}, virtual_tokens, bottleneck_size"
@@ -45,18 +43,10 @@ _COLUMNS = f"{_SECOND_COLUMNS}, parts"
 # From a version to the next one; what is new has the value that it would have had.
 _UPGRADES = {
     1: """
-BEGIN IMMEDIATE;
 ALTER TABLE adapters ADD COLUMN virtual_tokens INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE adapters ADD COLUMN bottleneck_size INTEGER NOT NULL DEFAULT 0;
-PRAGMA user_version = 2;
-COMMIT;
 """,
-    2: """
-BEGIN IMMEDIATE;
-ALTER TABLE adapters ADD COLUMN parts TEXT NOT NULL DEFAULT '[]';
-PRAGMA user_version = 3;
-COMMIT;
-""",
+    2: "ALTER TABLE adapters ADD COLUMN parts TEXT NOT NULL DEFAULT '[]';",
 }
 
 
@@ -93,12 +83,7 @@ class Catalogue:
         self._lock = threading.Lock()
         self._held = _hold(path)
         try:
-            if not path.exists():
-                _create(path)
-            self._connection = _open(path)
-        except StorageFailed as error:
-            os.close(self._held)
-            raise StartupError(f"{error.message} Choose another data folder, or make this one writable.") from error
+            self._connection = open_database(path, _SCHEMA)
         except BaseException:
             os.close(self._held)
             raise
@@ -144,22 +129,14 @@ class Catalogue:
                 self._held = -1
 
     def _select(self, rest: str, *values: str) -> tuple[CatalogueEntry, ...]:
-        with self._lock, _sqlite_errors("Reading the catalogue"):
+        with self._lock, sqlite_errors("Reading the catalogue"):
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM adapters {rest}", values).fetchall()
         return tuple(_entry(row) for row in rows)
 
     @contextmanager
     def _changing(self, doing: str) -> Iterator[sqlite3.Connection]:
-        """A transaction: all of it is on the disk afterwards, or none of it happened."""
-        with self._lock, _sqlite_errors(doing):
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
+        with self._lock, changing(self._connection, doing) as connection:
+            yield connection
 
 
 def peek(path: Path) -> tuple[CatalogueEntry, ...]:
@@ -169,13 +146,12 @@ def peek(path: Path) -> tuple[CatalogueEntry, ...]:
     """
     if not path.exists():
         return ()
-    connection = _check(path)
+    connection = read_only(path, _SCHEMA)
     try:
-        with _sqlite_errors("Reading the catalogue"):
-            rows = connection.execute(f"SELECT {_columns(connection)} FROM adapters ORDER BY name").fetchall()
+        with sqlite_errors("Reading the catalogue"):
+            return _all_entries(connection)
     finally:
         connection.close()
-    return tuple(_entry(row) for row in rows)
 
 
 def _hold(path: Path) -> int:
@@ -196,88 +172,15 @@ def _hold(path: Path) -> int:
     return held
 
 
-def _create(path: Path) -> None:
-    """Make an empty catalogue under a temporary name, so that no crash leaves half of one in its place."""
-    made = path.with_name(path.name + ".new")
-    try:
-        with disk_errors("Making the catalogue"), _sqlite_errors("Making the catalogue"):
-            # A log that outlived its catalogue would be played into the new one.
-            for tail in (".new", ".new-journal", "-wal", "-shm"):
-                path.with_name(path.name + tail).unlink(missing_ok=True)
-            connection = sqlite3.connect(made, isolation_level=None)
-            try:
-                connection.executescript("BEGIN;" + _SCHEMA + "COMMIT;")
-            finally:
-                connection.close()
-            os.rename(made, path)
-            sync(path.parent)
-    except StorageFailed as error:
-        raise StartupError(f"{error.message} Choose another data folder, or make this one writable.") from error
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    """The catalogue, writable, once it is known to be ours and whole."""
-    _check(path).close()
-    with _sqlite_errors("Opening the catalogue"):
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        while (version := _version(connection)) in _UPGRADES:
-            connection.executescript(_UPGRADES[version])
-    return connection
-
-
-def _check(path: Path) -> sqlite3.Connection:
-    """A read-only connection to a catalogue that is ours, whole and of a known version; StartupError otherwise."""
-    advice = (
-        "It was left as it is: restore it from a backup, or move the whole folder that it lies in away and load the "
-        "adapters again."
-    )
-    if path.stat().st_size == 0:
-        raise StartupError(f"The catalogue {path.name} is damaged: it is empty. {advice}")
-    # Read-only first: even closing a writable connection could change a file that is not ours.
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
-    try:
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        version = _version(connection)
-        if application != _APPLICATION_ID:
-            raise StartupError(f"{path.name} is a database of another program. {advice}")
-        if version > SCHEMA_VERSION:
-            raise StartupError(
-                f"The catalogue {path.name} was written by a newer version (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}). It was left as it is: start the newer version, or use another data folder."
-            )
-        (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-        if version < 1 or state != "ok":
-            raise StartupError(f"The catalogue {path.name} is damaged ({str(state)[:100]}). {advice}")
-        for row in connection.execute(f"SELECT {_columns(connection)} FROM adapters"):
-            _entry(row)
-    except (sqlite3.Error, ValueError, TypeError) as error:
-        connection.close()
-        raise StartupError(f"The catalogue {path.name} cannot be used ({error}). {advice}") from error
-    except StartupError:
-        connection.close()
-        raise
-    return connection
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    return int(version)
-
-
 def _columns(connection: sqlite3.Connection) -> str:
     """What can be selected, also from a catalogue that has not been upgraded."""
     known = {1: f"{_FIRST_COLUMNS}, 0, 0, '[]'", 2: f"{_SECOND_COLUMNS}, '[]'"}
-    return known.get(_version(connection), _COLUMNS)
+    return known.get(version_of(connection), _COLUMNS)
 
 
-@contextmanager
-def _sqlite_errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StorageFailed(f"{doing} failed: {error}.") from error
+def _all_entries(connection: sqlite3.Connection) -> tuple[CatalogueEntry, ...]:
+    rows = connection.execute(f"SELECT {_columns(connection)} FROM adapters ORDER BY name").fetchall()
+    return tuple(_entry(row) for row in rows)
 
 
 def _row(entry: CatalogueEntry) -> tuple[Any, ...]:
@@ -305,3 +208,14 @@ def _entry(row: tuple[Any, ...]) -> CatalogueEntry:
     spec = AdapterSpec(revision, kind, rank, tuple(json.loads(targets)), *sizes)
     lineage = tuple(Lineage(*part) for part in json.loads(parts))
     return CatalogueEntry(name, spec, created, source, generation, lineage)
+
+
+_SCHEMA = Schema(
+    what="The catalogue",
+    application=0x41445058,  # "ADPX"
+    version=SCHEMA_VERSION,
+    statements=_TABLES,
+    advice="restore it from a backup, or move the whole folder that it lies in away and load the adapters again.",
+    upgrades=_UPGRADES,
+    probe=_all_entries,
+)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaplex_adapters.durable import disk_errors, sync
@@ -19,7 +19,8 @@ from adaplex_adapters.errors import StartupError, StorageFailed
 @dataclass(frozen=True)
 class Schema:
     """what: how messages call the file ("The file of API keys"). application: number in its header. statements: make
-    the tables of `version`. advice: what to do when it cannot be used.
+    the tables of `version`. upgrades: from an older version, statements that make the next one. advice: what to do
+    when the file cannot be used. probe: reads what is to be readable; raises ValueError, TypeError or sqlite3.Error.
     """
 
     what: str
@@ -27,6 +28,8 @@ class Schema:
     version: int
     statements: str
     advice: str
+    upgrades: Mapping[int, str] = field(default_factory=dict)
+    probe: Callable[[sqlite3.Connection], object] = field(default=lambda connection: None)
 
 
 def open_database(path: Path, schema: Schema) -> sqlite3.Connection:
@@ -34,12 +37,16 @@ def open_database(path: Path, schema: Schema) -> sqlite3.Connection:
     try:
         if not path.exists():
             _create(path, schema)
-        _check(path, schema)
+        read_only(path, schema).close()
         with sqlite_errors(f"Opening {schema.what[0].lower()}{schema.what[1:]}"):
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
+            while (version := version_of(connection)) in schema.upgrades:
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {schema.upgrades[version]} PRAGMA user_version = {version + 1}; COMMIT;"
+                )
         return connection
     except StorageFailed as error:
         raise StartupError(f"{error.message} Choose another data folder, or make this one writable.") from error
@@ -89,25 +96,39 @@ def _create(path: Path, schema: Schema) -> None:
         sync(path.parent)
 
 
-def _check(path: Path, schema: Schema) -> None:
-    """Raise StartupError unless the file is ours, whole and of this version; it is only read."""
+def read_only(path: Path, schema: Schema) -> sqlite3.Connection:
+    """A connection that cannot write, to a file that is ours, whole, and of this version or one that can be upgraded;
+    also while somebody else writes. Raises StartupError; the file is left as it is, since even closing a writable
+    connection could change one that is not ours.
+    """
     advice = f"It was left as it is: {schema.advice}"
     if path.stat().st_size == 0:
         raise StartupError(f"{schema.what} {path.name} is damaged: it is empty. {advice}")
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
     try:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        version = version_of(connection)
         if application != schema.application:
             raise StartupError(f"{path.name} is a database of another program. {advice}")
-        if version != schema.version:
+        if version > schema.version:
             raise StartupError(
-                f"{schema.what} {path.name} has schema {version}, and this version knows {schema.version}. {advice}"
+                f"{schema.what} {path.name} was written by a newer version (schema {version}, this one knows "
+                f"{schema.version}). It was left as it is: start the newer version, or use another data folder."
             )
         (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-        if state != "ok":
+        if state != "ok" or version not in (schema.version, *schema.upgrades):
             raise StartupError(f"{schema.what} {path.name} is damaged ({str(state)[:100]}). {advice}")
-    except sqlite3.Error as error:
-        raise StartupError(f"{schema.what} {path.name} cannot be used ({error}). {advice}") from error
-    finally:
+        schema.probe(connection)
+    except (sqlite3.Error, ValueError, TypeError) as error:
         connection.close()
+        raise StartupError(f"{schema.what} {path.name} cannot be used ({error}). {advice}") from error
+    except StartupError:
+        connection.close()
+        raise
+    return connection
+
+
+def version_of(connection: sqlite3.Connection) -> int:
+    """Of the file's tables."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)
