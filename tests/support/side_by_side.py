@@ -7,7 +7,21 @@ from collections.abc import Sequence
 
 import torch
 
-from adaplex_adapters.spec import KIND_DORA, KIND_IA3, KIND_LORA, KIND_PROMPT_TUNING, Adapter, LoraModule, Scale, draft
+from adaplex_adapters.spec import (
+    KIND_BOTTLENECK,
+    KIND_DORA,
+    KIND_IA3,
+    KIND_LORA,
+    KIND_PROMPT_TUNING,
+    Adapter,
+    Bottleneck,
+    LoraModule,
+    Place,
+    Reads,
+    Scale,
+    draft,
+)
+from adaplex_server.engine.assembly import pool_dtype
 from adaplex_server.model.adapter_image import page_count
 from adaplex_server.model.adapter_pool import allocate_pool, write_adapter
 from adaplex_server.model.base import Base
@@ -15,8 +29,9 @@ from adaplex_server.model.batch import NO_ADAPTER
 from adaplex_server.model.batch_builder import RowInput
 from adaplex_server.model.decoder import Decoder
 from adaplex_server.model.families import base_shape, module_paths
-from support.tiny_models import CPU, PAGE_SIZE, allocate_kv, step
+from support.tiny_models import PAGE_SIZE, allocate_kv, step
 
+PLACES: tuple[Place, ...] = ("attention", "mlp")
 _PAGES = 64
 _SLOT_PAGES = 8
 _ROW_PAGES = 12
@@ -40,6 +55,61 @@ def _modules(base: Base, rank: int, seed: int, *, dora: bool) -> dict[str, LoraM
         magnitude = torch.rand(shape.out_features, generator=generator) * 4 if dora else None
         modules[path] = LoraModule(a, b, 0.75, magnitude)
     return modules
+
+
+def bottlenecks(
+    base: Base,
+    width: int,
+    seed: int,
+    reads: Reads = "block",
+    activation: str = "silu",
+    places: Sequence[Place] = PLACES,
+) -> Adapter:
+    """In every layer, but narrower ones in the second, whose MLP has none."""
+    generator, hidden = torch.Generator().manual_seed(seed), base.config.hidden_size
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.2
+
+    def one(m: int) -> Bottleneck:
+        scaling = values(hidden) + 1 if seed % 2 else torch.tensor([0.75])
+        return Bottleneck(values(m, hidden), values(m), values(hidden, m), values(hidden), activation, scaling, reads)
+
+    found = {
+        (layer, place): one(max(1, width // 2) if layer == 1 else width)
+        for layer in range(base.config.num_layers)
+        for place in places
+        if (layer, place) != (1, "mlp")
+    }
+    return Adapter(draft(KIND_BOTTLENECK, "tiny"), bottlenecks=found)
+
+
+def on_ends(base: Base, rank: int, seed: int, *, embedding: bool = True, head: bool = True) -> Adapter:
+    """LoRAs of the embedding and the head."""
+    generator, shape, config = torch.Generator().manual_seed(seed), base_shape(base.config), base.config
+
+    def values(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator) * 0.4
+
+    modules = {}
+    if embedding:
+        a, b = values(rank, config.vocab_size), values(config.hidden_size, rank)
+        modules[shape.embedding] = LoraModule(a, b, 0.5, embedding=True)
+    if head:
+        modules[shape.head] = LoraModule(values(rank, config.hidden_size), values(config.vocab_size, rank), 0.25)
+    return Adapter(draft(KIND_LORA, "tiny"), modules=modules)
+
+
+def replaced(base: Base, seed: int, *places: str) -> Adapter:
+    """Weights in the place of the base's "embedding" or "head"."""
+    shape, size = base_shape(base.config), (base.config.vocab_size, base.config.hidden_size)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        path: torch.randn(size, generator=generator) * 0.3
+        for place, path in (("embedding", shape.embedding), ("head", shape.head))
+        if place in places
+    }
+    return Adapter(draft(KIND_LORA, "tiny"), replaced=weights)
 
 
 def ia3(base: Base, seed: int) -> Adapter:
@@ -67,12 +137,14 @@ def logits(
 
     Every tensor of each adapter must find its place.
     """
-    decoder, kv, count = _decoder(base, adapters, rng), allocate_kv(base, 1 + _ROW_PAGES * len(adapters)), len(adapters)
+    decoder = decoder_of(base, adapters, rng)
+    kv, count = allocate_kv(base, 1 + _ROW_PAGES * len(adapters)), len(adapters)
     virtual = [0 if one is None or one.soft_prompt is None else len(one.soft_prompt) for one in adapters]
     rows = [[-1] * before + prompt for before, prompt in zip(virtual, prompts, strict=True)]
     assert max(len(row) for row in rows) <= _ROW_PAGES * PAGE_SIZE
     pages = [range(1 + _ROW_PAGES * i, 1 + _ROW_PAGES * (i + 1)) for i in range(count)]
-    done, found = [0] * count, [[] for _ in rows]
+    done = [0] * count
+    found: list[list[torch.Tensor]] = [[] for _ in rows]
     while any(at < len(row) for at, row in zip(done, rows, strict=True)):
         chunks = [(i, min(rng.randint(1, 9), len(rows[i]) - done[i])) for i in range(count) if done[i] < len(rows[i])]
         inputs = [
@@ -83,7 +155,7 @@ def logits(
             for i, n in chunks
         ]  # fmt: skip
         for (i, n), part in zip(chunks, step(decoder, kv, inputs), strict=True):
-            found[i].append(part)
+            found[i].append(part.cpu())
             done[i] += n
     return [torch.cat(parts)[before:] for parts, before in zip(found, virtual, strict=True)]
 
@@ -93,8 +165,10 @@ def logits_alone(base: Base, adapter: Adapter | None, prompt: list[int]) -> torc
     return logits(base, [adapter], [prompt], random.Random(len(prompt)))[0]
 
 
-def _decoder(base: Base, adapters: Sequence[Adapter | None], rng: random.Random) -> Decoder:
-    pool = allocate_pool(base.config, _PAGES, len(adapters), _SLOT_PAGES, torch.float32, CPU)
+def decoder_of(base: Base, adapters: Sequence[Adapter | None], rng: random.Random) -> Decoder:
+    """With adapter i in slot i; a pool of `pool_dtype`."""
+    dtype = pool_dtype(base.dtype, base.device)
+    pool = allocate_pool(base.config, _PAGES, len(adapters), _SLOT_PAGES, dtype, base.device)
     free = rng.sample(range(1, _PAGES), _PAGES - 1)
     for slot, adapter in enumerate(adapters):
         if adapter is not None:

@@ -12,32 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adaplex_adapters.identity import described
-from adaplex_adapters.spec import KIND_BOTTLENECK, KIND_LORA, Adapter, Bottleneck, LoraModule, draft
+from adaplex_adapters.spec import KIND_LORA, Adapter, LoraModule, draft
 from adaplex_adapters.store import AdapterStore
 from adaplex_server.engine.messages import AdapterFailed, AdapterLoaded, DropAdapter, LoadAdapter
 from adaplex_server.model.base import Base
 from adaplex_server.model.families import base_shape
 from support import adapter_reference
 from support.mixed import RECIPES, Traffic, Zoo, compare, make_zoo, random_rounds, settings_for
-from support.side_by_side import dora, ia3, lora
+from support.side_by_side import bottlenecks, dora, ia3, lora
 from support.tiny_models import load_tiny
-
-
-def bottlenecks(base: Base, width: int, seed: int, reads: str) -> Adapter:
-    generator, hidden = torch.Generator().manual_seed(seed), base.config.hidden_size
-
-    def values(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * 0.1
-
-    found = {
-        (layer, place): Bottleneck(
-            values(width, hidden), values(width), values(hidden, width), values(hidden), "silu", values(hidden) + 1,
-            reads,
-        )
-        for layer in range(base.config.num_layers)
-        for place in ("attention", "mlp")
-    }  # fmt: skip
-    return Adapter(draft(KIND_BOTTLENECK, "tiny"), bottlenecks=found)  # type: ignore[arg-type]
 
 
 def ends(base: Base, seed: int) -> Adapter:

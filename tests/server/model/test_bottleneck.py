@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,39 +10,15 @@ import pytest
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter
-from adaplex_adapters.spec import KIND_BOTTLENECK, Adapter, Bottleneck, draft
 from adaplex_server.kernels.bottleneck import ACTIVATIONS
 from adaplex_server.model.adapter_pool import allocate_pool, clear_slot, write_adapter
-from adaplex_server.model.base import Base
 from support import adapter_reference
-from support.side_by_side import dora, ia3, logits, logits_alone, lora, soft_prompt
+from support.side_by_side import bottlenecks, dora, ia3, logits, logits_alone, lora, soft_prompt
 from support.tiny_models import CPU, load_tiny, save_tiny
 
 NATIVE = ["llama3", "mistral-window"]
 """Families for which the file format has bottlenecks that read something else than the block."""
 FAMILIES = [*NATIVE, "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox-sequential", "opt", "bloom", "gpt2", "falcon-alibi"]
-
-
-def bottlenecks(
-    base: Base, width: int, seed: int, reads: str = "block", activation: str = "relu", places: Sequence[str] = ()
-) -> Adapter:
-    """In every layer but the second one, whose attention has a narrower one."""
-    random, found = torch.Generator().manual_seed(seed), {}
-    hidden = base.config.hidden_size
-    for layer in range(base.config.num_layers):
-        for place in places or ("attention", "mlp"):
-            if (layer, place) == (1, "mlp"):
-                continue
-            m = max(1, width // 2) if layer == 1 else width
-
-            def values(*shape: int) -> torch.Tensor:
-                return torch.randn(shape, generator=random) * 0.2
-
-            found[layer, place] = Bottleneck(
-                values(m, hidden), values(m), values(hidden, m), values(hidden), activation,
-                values(hidden) + 1 if seed % 2 else torch.tensor([0.7]), reads,
-            )  # fmt: skip
-    return Adapter(draft(KIND_BOTTLENECK, "tiny"), bottlenecks=found)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -10,58 +10,28 @@ import pytest
 import torch
 
 from adaplex_adapters.errors import InvalidAdapter
-from adaplex_adapters.spec import KIND_IA3, KIND_LORA, Adapter, LoraModule, Scale, draft
+from adaplex_adapters.spec import KIND_IA3, KIND_LORA, Adapter, Scale, draft
 from adaplex_server.model.adapter_cost import device_bytes
 from adaplex_server.model.adapter_image import ImageLayout, lay_out
 from adaplex_server.model.adapter_pool import allocate_pool, clear_slot, write_adapter
-from adaplex_server.model.base import Base
 from adaplex_server.model.families import base_shape
 from support import adapter_reference
-from support.side_by_side import dora, ia3, logits, logits_alone, lora, soft_prompt
+from support.side_by_side import dora, ia3, logits, logits_alone, lora, on_ends, replaced, soft_prompt
 from support.tiny_models import CPU, load_tiny, save_tiny
 
 FAMILIES = ["llama3", "llama-biases-tied", "gemma2", "gpt_neox", "opt", "bloom", "gpt2", "phi"]
-
-
-def on_ends(base: Base, rank: int, seed: int, *, embedding: bool = True, head: bool = True) -> dict[str, LoraModule]:
-    """LoRAs of the embedding and the head."""
-    random, found = torch.Generator().manual_seed(seed), {}
-    shape, config = base_shape(base.config), base.config
-
-    def values(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=random) * 0.4
-
-    if embedding:
-        a, b = values(rank, config.vocab_size), values(config.hidden_size, rank)
-        found[shape.embedding] = LoraModule(a, b, 0.6, embedding=True)
-    if head:
-        found[shape.head] = LoraModule(values(rank, config.hidden_size), values(config.vocab_size, rank), 0.3)
-    return found
-
-
-def ends(base: Base, rank: int, seed: int, *, embedding: bool = True, head: bool = True) -> Adapter:
-    return Adapter(draft(KIND_LORA, "tiny"), modules=on_ends(base, rank, seed, embedding=embedding, head=head))
-
-
-def replaced(base: Base, seed: int, *places: str) -> Adapter:
-    """Weights in the place of the base's."""
-    shape, size = base_shape(base.config), base.head.shape
-    paths = {"embedding": shape.embedding, "head": shape.head}
-    random = torch.Generator().manual_seed(seed)
-    return Adapter(
-        draft(KIND_LORA, "tiny"), replaced={paths[place]: torch.randn(size, generator=random) for place in places}
-    )
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_kind_side_by_side(kind: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path, kind)
     base, rng = load_tiny(tmp_path), random.Random(11)
-    everything = replace(dora(base, 9, 1), modules={**dora(base, 9, 1).modules, **on_ends(base, 3, 1)})
-    with_prompt = replace(soft_prompt(base, 5, 2), modules=on_ends(base, 2, 2, head=False))
+    everything = replace(dora(base, 9, 1), modules={**dora(base, 9, 1).modules, **on_ends(base, 3, 1).modules})
+    with_prompt = replace(soft_prompt(base, 5, 2), modules=on_ends(base, 2, 2, head=False).modules)
     adapters = [
-        ends(base, 4, 3, head=False), lora(base, 9, 4), None, ends(base, 17, 5, embedding=False), everything,
-        replaced(base, 6, "head"), ia3(base, 7), with_prompt, replaced(base, 8, "embedding", "head"), ends(base, 1, 9),
+        on_ends(base, 4, 3, head=False), lora(base, 9, 4), None, on_ends(base, 17, 5, embedding=False), everything,
+        replaced(base, 6, "head"), ia3(base, 7), with_prompt, replaced(base, 8, "embedding", "head"),
+        on_ends(base, 1, 9),
     ]  # fmt: skip
     prompts = [[rng.randrange(97) for _ in range(rng.choice([1, 5, 12]))] for _ in adapters]
     found = logits(base, adapters, prompts, rng)
@@ -76,7 +46,13 @@ def test_every_kind_side_by_side(kind: str, tmp_path: Path) -> None:
 def test_each_row_has_the_bits_that_it_has_alone(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama3")
     base, rng = load_tiny(tmp_path), random.Random(9)
-    adapters = [ends(base, 12, 1), None, lora(base, 5, 2), replaced(base, 4, "head"), ends(base, 2, 3, head=False)]
+    adapters = [
+        on_ends(base, 12, 1),
+        None,
+        lora(base, 5, 2),
+        replaced(base, 4, "head"),
+        on_ends(base, 2, 3, head=False),
+    ]
     prompts = [[rng.randrange(97) for _ in range(length)] for length in (20, 9, 13, 1, 30)]
     mixed = logits(base, adapters, prompts, rng)
     for adapter, prompt, found in zip(adapters, prompts, mixed, strict=True):
@@ -88,7 +64,7 @@ def test_dora_and_factors_on_the_head(kind: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path, kind)
     base = load_tiny(tmp_path)
     head = base_shape(base.config).head
-    module = on_ends(base, 3, 1, embedding=False)[head]
+    module = on_ends(base, 3, 1, embedding=False).modules[head]
     magnitude = torch.rand(base.config.vocab_size) * 4
     adapters = [
         Adapter(draft(KIND_LORA, "tiny"), modules={head: replace(module, magnitude=magnitude)}),
@@ -107,7 +83,7 @@ def test_a_copy_of_another_base_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama3")
     base = load_tiny(tmp_path, torch.bfloat16)
     shape, layout = base_shape(base.config), ImageLayout.of(base.config, torch.float32)
-    adapter = ends(base, 3, 1)
+    adapter = on_ends(base, 3, 1)
     good = {shape.head: base.head.clone(), shape.embedding: base.embedding.float()}
     image = lay_out(replace(adapter, base_copies=good), layout, lambda count: [], base)
     assert image.used == image.given == 6 and image.rank == 0 and not image.pages
@@ -138,10 +114,10 @@ def test_a_slot_written_again_has_only_what_it_holds(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama3")
     base = load_tiny(tmp_path)
     pool = allocate_pool(base.config, 3, 1, 1, torch.float32, CPU)
-    write_adapter(pool, base.config, 0, (), ends(base, 3, 1), base)
+    write_adapter(pool, base.config, 0, (), on_ends(base, 3, 1), base)
     assert pool.ends.keys() == {0} and pool.host_pages == {0: ()}
     write_adapter(pool, base.config, 0, (1,), lora(base, 3, 1), base)
     assert pool.ends == {}
-    write_adapter(pool, base.config, 0, (), ends(base, 3, 1), base)
+    write_adapter(pool, base.config, 0, (), on_ends(base, 3, 1), base)
     clear_slot(pool, 0)
     assert pool.ends == {}
