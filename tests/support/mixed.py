@@ -285,11 +285,11 @@ def compare(traffic: Traffic, oracle: Oracle, tie: float, close: float) -> Verdi
             part = rows[at : at + 64]
             texts = [s.prompt + [t.token for t in traffic.tokens[s.row]] for s in part]
             for submit, logprobs in zip(part, oracle.logprobs(revision, texts), strict=True):
-                _compare_row(submit, traffic.tokens[submit.row], logprobs, tie, close, verdict)
+                check_row(submit, traffic.tokens[submit.row], logprobs, tie, close, verdict)
     return verdict
 
 
-def _compare_row(
+def check_row(
     submit: Submit, tokens: list[RowToken], logprobs: torch.Tensor, tie: float, close: float, verdict: Verdict
 ) -> None:
     verdict.rows += 1

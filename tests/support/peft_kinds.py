@@ -57,7 +57,7 @@ def targets_of(name: str, model: Any) -> dict[str, Any]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     linears = [path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
     last = sorted({path.rpartition(".")[2] for path in linears})
-    if name in ("prompt_tuning", "prefix_tuning"):
+    if name.startswith(("prompt_tuning", "p_tuning", "prefix_tuning")):
         return {}
     if name == "ia3":
         return {"target_modules": last, "feedforward_modules": last[:1]}

@@ -4,14 +4,13 @@ bitsandbytes, and for GPTQ and AWQ the formats' own words.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from adaplex_adapters.errors import StartupError
@@ -20,6 +19,7 @@ from adaplex_server.model.config import read_config
 from adaplex_server.model.families import module_paths
 from adaplex_server.model.formats.quantization import Quantization
 from adaplex_server.model.linear import Linear
+from support.grouped_checkpoint import write_grouped
 
 CPU = torch.device("cpu")
 
@@ -114,42 +114,6 @@ def test_gpt2s_transposed_weights_are_quantized_as_linears(tmp_path: Path) -> No
     assert _same_weights(_load(tmp_path / "nf4"), _load(tmp_path / "dense", quantize="nf4"))
 
 
-def _words(codes: torch.Tensor, bits: int, places: tuple[int, ...] | None = None) -> torch.Tensor:
-    """[.., n] codes as int32 words along the last dimension; places: which neighbour each of a word's fields holds."""
-    per_word = 32 // bits
-    fields = codes.to(torch.int64).unflatten(-1, (-1, per_word))[..., places or tuple(range(per_word))]
-    words = (fields << (bits * torch.arange(per_word))).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def _grouped(folder: Path, dense: Path, quantization: dict[str, Any], bits: int) -> dict[str, torch.Tensor]:
-    """A checkpoint of random codes in GPTQ's or AWQ's layout, and the weights that they stand for."""
-    awq, version = quantization["quant_method"] == "awq", quantization.get("checkpoint_format", "gptq")
-    random, group = torch.Generator().manual_seed(bits), quantization["group_size"]
-    tensors, meant = load_file(dense / "model.safetensors"), {}
-    for name in [name for name in tensors if "proj" in name]:
-        path = name.removesuffix(".weight")
-        n, k = tensors.pop(name).shape
-        codes = torch.randint(0, 1 << bits, (n, k), generator=random)
-        zeros = torch.randint(1, 1 << bits, (n, k // group), generator=random)
-        scales = torch.rand(k // group, n, generator=random).mul_(0.01).add_(0.001).half()
-        if awq:
-            order = (0, 2, 4, 6, 1, 3, 5, 7)
-            tensors[f"{path}.qweight"], tensors[f"{path}.qzeros"] = (_words(t.t(), 4, order) for t in (codes, zeros))
-            g_idx = torch.arange(k) // group
-        else:
-            g_idx = (torch.arange(k) // group)[torch.randperm(k, generator=random)]
-            tensors[f"{path}.qweight"] = _words(codes, bits).t().contiguous()
-            tensors[f"{path}.qzeros"] = _words(zeros.t() - int(version == "gptq"), bits)
-            tensors[f"{path}.g_idx"] = g_idx.to(torch.int32)
-        tensors[f"{path}.scales"] = scales
-        meant[path] = (codes - zeros[:, g_idx]) * scales.float().t()[:, g_idx]
-    save_file(tensors, folder / "model.safetensors")
-    config = json.loads((dense / "config.json").read_text()) | {"quantization_config": quantization}
-    (folder / "config.json").write_text(json.dumps(config))
-    return meant
-
-
 GROUPED: dict[str, tuple[int, dict[str, Any]]] = {
     "gptq": (4, {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}),
     "gptq-2bit": (2, {"quant_method": "gptq", "bits": 2, "group_size": 32, "checkpoint_format": "gptq_v2"}),
@@ -163,7 +127,7 @@ GROUPED: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_formats_mean_what_their_words_say(case: str, dtype: torch.dtype, dense: Path, tmp_path: Path) -> None:
     bits, quantization = GROUPED[case]
-    meant = _grouped(tmp_path, dense, quantization, bits)
+    meant = write_grouped(tmp_path, dense, quantization, bits)
     base = _load(tmp_path, dtype)
     assert base.format == case.partition(" ")[0]
     for paths, linear in _linears(base):

@@ -11,13 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from adaplex_server.kernels import llm_int8
 from adaplex_server.model.base import Base, load_base
 from adaplex_server.model.batch import NO_ADAPTER
 from adaplex_server.model.config import read_config
 from adaplex_server.model.decoder import Decoder
-from adaplex_server.model.families import FAMILIES, linear_targets, module_paths
+from adaplex_server.model.families import linear_targets, module_paths
 from adaplex_server.model.formats.quantization import QuantizeKind
+from support.matrix import quantize_oracle
 from support.sequences import cache_for, pool_of, run, sequences
 from support.tiny_models import CPU, save_tiny
 
@@ -45,36 +45,6 @@ MATRIX: list[tuple[str, QuantizeKind]] = [
     ("falcon-groups-one-norm", "none"),
     ("falcon-alibi", "fp4"),
 ]
-
-
-class EightBit(torch.nn.Linear):
-    """LLM.int8 of one module; that its rows are bitsandbytes' is shown elsewhere."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None)
-        self.weight.data, self.eight = weight, llm_int8.quantize(weight)
-        if bias is not None:
-            self.bias.data = bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return llm_int8.linear(x.flatten(0, -2), self.eight, self.bias).unflatten(0, x.shape[:-1])
-
-
-def quantize_oracle(model: PreTrainedModel, base: Base, eight_bit: bool) -> None:
-    """The base's weights in transformers' model."""
-    config = base.config
-    transposed = FAMILIES[config.family].transposed
-    for layer, weights in enumerate(base.layers):
-        for linear, targets in linear_targets(config).items():
-            whole = weights.linears[linear].dequantized()
-            for path, span in zip(module_paths(config, layer, linear), targets.spans, strict=True):
-                module = model.get_submodule(path)
-                if eight_bit:
-                    dense = module.weight.data.t().contiguous() if transposed else module.weight.data
-                    model.set_submodule(path, EightBit(dense, module.bias))
-                else:
-                    part = whole[slice(*span)]
-                    module.weight.data = (part.t() if transposed else part).contiguous()
 
 
 def with_adapters(model: PreTrainedModel, base: Base, folder: Path) -> PeftModel:
