@@ -69,7 +69,7 @@ def bottlenecks(
     generator, hidden = torch.Generator().manual_seed(seed), base.config.hidden_size
 
     def values(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * 0.2
+        return torch.randn(shape, generator=generator) * 1.6 * hidden**-0.5
 
     def one(m: int) -> Bottleneck:
         scaling = values(hidden) + 1 if seed % 2 else torch.tensor([0.75])
