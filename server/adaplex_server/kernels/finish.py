@@ -64,13 +64,13 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Amended:
-    """A result that is another one for some tokens. rest: of the others, finished as ever, so that they keep their
-    bits; own: [T, N] in the activations' dtype, read for those; tokens: [T, 1] bool, which ones.
+    """A result to some tokens of which something was added. rest: as it was, to be finished for the others as ever, so
+    that they keep their bits; own: [T, N], finished, with what was added; slots: [T] int32, negative for the others.
     """
 
     rest: Unfinished
     own: torch.Tensor
-    tokens: torch.Tensor
+    slots: torch.Tensor
 
 
 def finished(y: torch.Tensor | Unfinished | Amended) -> torch.Tensor:
@@ -78,7 +78,7 @@ def finished(y: torch.Tensor | Unfinished | Amended) -> torch.Tensor:
     if isinstance(y, torch.Tensor):
         return y
     if isinstance(y, Amended):
-        return torch.where(y.tokens, y.own, finished(y.rest))
+        return y.own
     from adaplex_server.kernels.gpu import finish as gpu
 
     return gpu.finish(y)
@@ -105,9 +105,11 @@ def finish_add_norm(
     if y is None or isinstance(y, torch.Tensor):
         return norm.add_norm(x, y, weight, bias, eps, center)
     if isinstance(y, Amended):
-        rest = finish_add_norm(x, y.rest, weight, bias, eps, center)
-        own = norm.add_norm(x, y.own, weight, bias, eps, center)
-        return torch.where(y.tokens, own[0], rest[0]), torch.where(y.tokens, own[1], rest[1])
+        from adaplex_server.kernels.gpu.norm import add_norm_of_some
+
+        total, normed = finish_add_norm(x, y.rest, weight, bias, eps, center)
+        add_norm_of_some(x, y.own, y.slots, weight, bias, eps, center, total, normed)
+        return total, normed
     from adaplex_server.kernels.gpu import finish_norm as gpu
 
     return gpu.finish_add_norm(x, y, weight, bias, eps, center)

@@ -210,7 +210,7 @@ class Decoder:
         first, last = (self.pool.linears[name] for name in linears_of(self.base.config, place))
         own = finished(block)
         add_bottlenecks(x, own, first.a[layer], last.b[layer], plan)
-        return own if isinstance(block, torch.Tensor) else Amended(block, own, (plan.slots >= 0)[:, None])
+        return own if isinstance(block, torch.Tensor) else Amended(block, own, plan.slots)
 
     def _attend(self, layer: int, x: torch.Tensor, kv: KvCache, step: _Step) -> torch.Tensor | Unfinished:
         config, keys, values = self.base.config, kv.keys[layer], kv.values[layer]

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from adaplex_server.kernels.bottleneck import ACTIVATIONS, READS, BottleneckPlan, BottleneckSpan, bottleneck
+from adaplex_server.kernels.finish import Amended, Unfinished, finish_add_norm, finished
 from adaplex_server.kernels.gpu.bottleneck import add_bottlenecks
+from adaplex_server.kernels.gpu.norm import add_norm
 
 PAGE, POOL_PAGES, TARGETS = 8, 12, 2
 HIDDEN = 72
@@ -72,3 +74,17 @@ def test_activations(code: int, device: torch.device, check: Callable[..., None]
     add_bottlenecks(stream, found, down, up, plan_of([1], device))
     added = bottleneck(stream.cpu(), block.cpu(), down.cpu(), up.cpu(), BottleneckSpan(0, 1, *SLOTS[1]), PAGE)
     check(found.cpu(), block.cpu().double() + added.double(), 2)
+
+
+def test_the_others_are_finished_as_ever(dtype: torch.dtype, device: torch.device) -> None:
+    down, up = weights(dtype, device)
+    x, weight = torch.randn(4, HIDDEN, dtype=dtype, device=device), torch.rand(HIDDEN, dtype=dtype, device=device)
+    rest = Unfinished(torch.randn(2, 4, HIDDEN, device=device), dtype)
+    plan, own = plan_of([-1, 0, -1, 1], device), finished(rest)
+    add_bottlenecks(x, own, down, up, plan)
+    amended = Amended(rest, own, plan.slots)
+    assert finished(amended) is own and torch.equal(own[0::2], finished(rest)[0::2])
+    found = finish_add_norm(x, amended, weight, None, 1e-5, False)
+    as_ever, alone = finish_add_norm(x, rest, weight, None, 1e-5, False), add_norm(x, own, weight, None, 1e-5, False)
+    for part, others, theirs in zip(found, as_ever, alone, strict=True):
+        assert torch.equal(part[0::2], others[0::2]) and torch.equal(part[1::2], theirs[1::2])

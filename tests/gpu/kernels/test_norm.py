@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from adaplex_server.kernels.gpu.activation import activate
-from adaplex_server.kernels.gpu.norm import add_norm
+from adaplex_server.kernels.gpu.norm import add_norm, add_norm_of_some
 
 Check = Callable[..., None]
 
@@ -30,6 +30,20 @@ def test_sum_and_norm(width: int, center: bool, dtype: torch.dtype, device: torc
     again, alone = add_norm(total[2:3], None, weight, bias if center else None, 1e-5, center)
     assert torch.equal(alone, normed[2:3])
     assert torch.equal(again, total[2:3])
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_only_some_rows_are_written(center: bool, dtype: torch.dtype, device: torch.device) -> None:
+    x, delta = torch.randn(2, 5, 72, dtype=dtype, device=device)
+    weight, bias = torch.randn(2, 72, dtype=dtype, device=device)
+    total, normed = torch.randn(2, 5, 72, dtype=dtype, device=device)
+    before = total.clone(), normed.clone()
+    slots = torch.tensor([-1, 3, -1, 0, 9], dtype=torch.int32, device=device)
+    add_norm_of_some(x, delta, slots, weight, bias if center else None, 1e-5, center, total, normed)
+    wanted = add_norm(x, delta, weight, bias if center else None, 1e-5, center)
+    own = (slots >= 0)[:, None]
+    for found, kept, whole in zip((total, normed), before, wanted, strict=True):
+        assert torch.equal(found, torch.where(own, whole, kept))
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,38 @@ def add_norm(
     block = next_power_of_2(width)
     if rows:
         _add_norm[(rows,)](
-            x, delta.contiguous() if delta is not None else x, weight, bias if bias is not None else weight, total,
-            normed, width, eps, ADD=delta is not None, CENTER=center, BIAS=bias is not None, BLOCK=block,
-            num_warps=min(8, max(1, block // 512)),
+            x, delta.contiguous() if delta is not None else x, weight, bias if bias is not None else weight, x, total,
+            normed, width, eps, ADD=delta is not None, CENTER=center, BIAS=bias is not None, SOME=False, BLOCK=block,
+            num_warps=_warps(block),
         )  # fmt: skip
     return total, normed
+
+
+def add_norm_of_some(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    center: bool,
+    total: torch.Tensor,
+    normed: torch.Tensor,
+) -> None:
+    """Write `add_norm` of the rows whose slot [T] int32 is not negative into total and normed [T, H]; all are
+    contiguous.
+    """
+    rows, width = x.shape
+    block = next_power_of_2(width)
+    if rows:
+        _add_norm[(rows,)](
+            x.contiguous(), delta, weight, bias if bias is not None else weight, slots, total, normed, width, eps,
+            ADD=True, CENTER=center, BIAS=bias is not None, SOME=True, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+
+
+def _warps(block: int) -> int:
+    return min(8, max(1, block // 512))
 
 
 @triton.jit
@@ -51,12 +78,13 @@ def normed(x, i, mask, weight_ptr, bias_ptr, eps, width, CENTER: tl.constexpr, B
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _add_norm(
     x_ptr,
     delta_ptr,
     weight_ptr,
     bias_ptr,
+    slots_ptr,
     total_ptr,
     normed_ptr,
     width,
@@ -64,8 +92,12 @@ def _add_norm(
     ADD: tl.constexpr,
     CENTER: tl.constexpr,
     BIAS: tl.constexpr,
+    SOME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if SOME:
+        if tl.load(slots_ptr + tl.program_id(0)) < 0:
+            return
     i = tl.arange(0, BLOCK)[None, :]
     mask = i < width
     at = tl.program_id(0).to(tl.int64) * width + i
