@@ -19,7 +19,7 @@ from adaplex_server.engine.messages import EngineInfo, EngineStats
 from adaplex_server.service.composed_name import is_composed
 from adaplex_server.service.engine_figures import EngineFigures
 from adaplex_server.service.exposition import MEDIA_TYPE, Exposition
-from adaplex_server.service.series import RequestShapes, Series, reason_of
+from adaplex_server.service.series import OURS, RequestShapes, Series, reason_of
 from adaplex_server.service.training.figures import STATUSES, TrainingFigures
 from adaplex_server.service.vllm_names import EngineView, write_vllm_names
 
@@ -61,6 +61,7 @@ class Metrics:
         self._sources = sources
         self._shapes = RequestShapes()
         self._series = {base: Series(base, self._shapes)}
+        self._series[base].errors.update(dict.fromkeys(OURS, 0))
         self._shared = {label: Series(label, self._shapes) for label in (OTHER, UNKNOWN, COMPOSITION)}
         self._process = ProcessCollector(registry=None)
 

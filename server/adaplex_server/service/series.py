@@ -19,6 +19,10 @@ from adaplex_server.service.histogram import (
 )
 
 WELL = frozenset({"stop", "length"})
+OURS = ("internal_error", "overloaded", "row_failed", "storage_failed", "unavailable")
+"""Errors that alerts ask for. The base has them from the start: a counter that comes with its first error has not grown
+for Prometheus.
+"""
 
 
 class RequestShapes:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from adaplex_adapters.errors import AdaplexError, InvalidRequest, Overloaded, Unavailable
 from adaplex_server.caller import ANYONE, Caller
@@ -28,11 +29,28 @@ from adaplex_server.service.training.settings import TrainingSettings
 from adaplex_server.service.types import ServiceInfo, ServiceState
 from adaplex_server.vocabulary import Constraint, Delta, Finish, GenerateRequest
 
+P = ParamSpec("P")
+
 log = logging.getLogger(__name__)
 THREAD_CHARS = 8192
 """Longer texts are tokenized off the event loop (about a millisecond's work)."""
 DRAIN_RETRY_SECONDS = 5.0
 NO_STATS = EngineStats(**dict.fromkeys(EngineStats.__struct_fields__, 0))
+
+
+def _refusals_are_counted(ask: Callable[P, GenerateRequest]) -> Callable[P, GenerateRequest]:
+    """Of a service's method with a keyword `model`: errors are counted, under the name if it is one of ours."""
+
+    @functools.wraps(ask)
+    def counting(*args: P.args, **kwargs: P.kwargs) -> GenerateRequest:
+        try:
+            return ask(*args, **kwargs)
+        except AdaplexError as error:
+            service: Any = args[0]
+            service._refuse(error, str(kwargs["model"]))
+            raise
+
+    return counting
 
 
 class Service:
@@ -156,6 +174,7 @@ class Service:
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
+    @_refusals_are_counted
     def request(
         self,
         *,
@@ -206,7 +225,7 @@ class Service:
             await self.registry.prepare(request.model)
             answer = self._begin(request)
         except AdaplexError as error:
-            self.metrics.refused(error, request.model if self.registry.kind(request.model) else None)
+            self._refuse(error, request.model)
             raise
         try:
             while answer.open:
@@ -253,6 +272,9 @@ class Service:
         weight = self.settings.adapter_weights.get(model, 1.0)
         answer.submit(revision, self.registry.virtual_tokens(model), self._engine.next_row, row_ended, weight)
         return answer
+
+    def _refuse(self, error: AdaplexError, model: str) -> None:
+        self.metrics.refused(error, model if self.registry.kind(model) else None)
 
     def _check_open(self) -> None:
         if self._phase == "draining":

@@ -94,7 +94,8 @@ def test_what_is_told_of_an_adapter() -> None:
         assert told[f"adaplex_{name}_count", ("a",)] == 1
     assert told["adaplex_cached_prompt_tokens_total", ("a",)] == 16
     assert told["adaplex_requests_total", ("a", "cancelled")] == 1
-    assert not any(name == "adaplex_request_errors_total" for name, _ in told)
+    assert not any(name == "adaplex_request_errors_total" and labels[0] == "a" for name, labels in told)
+    assert told["adaplex_request_errors_total", ("base", "overloaded")] == 0
 
 
 def test_what_is_told_of_the_engine() -> None:
