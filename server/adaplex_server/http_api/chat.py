@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -27,12 +27,14 @@ from adaplex_server.http_api.schemas.answers import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
+    ChatFinishReason,
     ChatLogprobs,
 )
 from adaplex_server.http_api.schemas.chat import ChatCompletionRequest
 from adaplex_server.http_api.settings import HttpSettings
 from adaplex_server.http_api.time_limit import time_limit
 from adaplex_server.http_api.tokens import chat_logprobs, prompt_logprobs
+from adaplex_server.http_api.tool_use import ToolTeller, ToolUse
 from adaplex_server.service.service import Service
 from adaplex_server.vocabulary import Delta, Finish, GenerateRequest, TokenLogprob
 
@@ -65,21 +67,28 @@ class ChatCompletions:
         body = await read_model(request, ChatCompletionRequest, limits.max_body_bytes, limits.body_idle)
         context = context_of(request.scope)
         context.model = body.model
-        asked = await self._request(body, context, time_limit(request))
+        tools = ToolUse.of(body, self._service.text.tool_format) if body.tools else None
+        asked = await self._request(body, tools, context, time_limit(request))
         if body.stream:
-            return await open_stream(request, self._chunks(body, asked), limits)
-        return json_response(await while_connected(request.receive, self._whole(body, asked)))
+            return await open_stream(request, self._chunks(body, tools, asked), limits)
+        return json_response(await while_connected(request.receive, self._whole(body, tools, asked)))
 
     async def _request(
-        self, body: ChatCompletionRequest, context: RequestContext, deadline: float | None
+        self, body: ChatCompletionRequest, tools: ToolUse | None, context: RequestContext, deadline: float | None
     ) -> GenerateRequest:
         try:
-            await self._service.check(body.constraint)
-            prompt = await self._service.chat([message.templated() for message in body.messages])
+            constraint = body.constraint if tools is None else tools.constraint
+            await self._service.check(constraint)
+            prompt = await self._service.chat(
+                [message.templated() for message in body.messages],
+                tools=[tool.templated() for tool in body.tools or ()] if tools else None,
+            )
             return self._service.request(
                 model=body.model,
                 prompt=prompt,
-                sampling=body.sampling(max_tokens=body.answer_tokens, logprobs=body.alternatives),
+                sampling=body.sampling(
+                    max_tokens=body.answer_tokens, logprobs=body.alternatives, constraint=constraint
+                ),
                 request_id=context.request_id,
                 deadline=deadline,
                 caller=context.caller,
@@ -89,24 +98,27 @@ class ChatCompletions:
                 error.param = "messages"
             raise
 
-    async def _whole(self, body: ChatCompletionRequest, asked: GenerateRequest) -> ChatCompletion:
+    async def _whole(
+        self, body: ChatCompletionRequest, tools: ToolUse | None, asked: GenerateRequest
+    ) -> ChatCompletion:
         events = merged([lambda: self._service.generate(asked)], 1)
         choices = (await gather(events, 1, asked.n))[0]
         return ChatCompletion(
             id=_new_id(),
             created=int(time.time()),
             model=body.model,
-            choices=[self._choice(body, i, choice) for i, choice in enumerate(choices)],
+            choices=[self._choice(body, tools, i, choice) for i, choice in enumerate(choices)],
             usage=usage((0, choice.finish) for choice in choices),
             **self._of_prompt(body, asked, choices[0].prompt_logprobs),
         )
 
-    def _choice(self, body: ChatCompletionRequest, index: int, choice: Choice) -> ChatChoice:
+    def _choice(self, body: ChatCompletionRequest, tools: ToolUse | None, index: int, choice: Choice) -> ChatChoice:
+        text, teller = "".join(choice.text), tools.teller() if tools else None
         return ChatChoice(
             index=index,
-            message=AnswerMessage("".join(choice.text)),
+            message=teller.message(text) if teller else AnswerMessage(text),
             logprobs=self._logprobs(body, choice.logprobs),
-            finish_reason=finish_reason(choice.finish),
+            finish_reason=_reason(choice.finish, teller),
             stop_reason=choice.finish.matched_stop,
             token_ids=choice.token_ids if body.return_token_ids else UNSET,
         )
@@ -125,10 +137,13 @@ class ChatCompletions:
             told["prompt_token_ids"] = list(asked.prompt)
         return told
 
-    async def _chunks(self, body: ChatCompletionRequest, asked: GenerateRequest) -> AsyncGenerator[bytes, None]:
+    async def _chunks(
+        self, body: ChatCompletionRequest, tools: ToolUse | None, asked: GenerateRequest
+    ) -> AsyncGenerator[bytes, None]:
         """The stream's events: role, deltas, finish for each choice, then usage if wanted, then [DONE]."""
         write = _ChunkWriter(body)
         started: set[int] = set()
+        tellers = [tools.teller() if tools else None for _ in range(asked.n)]
         finishes: list[Finish] = []
         async with aclosing(self._service.generate(asked)) as events:
             async for one in events:
@@ -143,9 +158,9 @@ class ChatCompletions:
                     out = write([role], **about_prompt)
                 if isinstance(one, Finish):
                     finishes.append(one)
-                    out += write([_last(one)])
+                    out += b"".join(write([choice]) for choice in _last(one, tellers[one.index]))
                 elif one.text or one.logprobs or (body.return_token_ids and one.token_ids):
-                    out += write([self._next(body, one)])
+                    out += b"".join(write([choice]) for choice in self._next(body, one, tellers[one.index]))
                 if len(finishes) == asked.n:
                     break
                 if out:
@@ -153,13 +168,15 @@ class ChatCompletions:
         tail = write([], usage=usage((0, one) for one in finishes)) if body.wants_usage else b""
         yield out + tail + DONE
 
-    def _next(self, body: ChatCompletionRequest, delta: Delta) -> ChatChunkChoice:
-        return ChatChunkChoice(
-            delta.index,
-            ChatDelta(content=delta.text),
-            logprobs=self._logprobs(body, delta.logprobs),
-            token_ids=list(delta.token_ids) if body.return_token_ids else UNSET,
-        )
+    def _next(self, body: ChatCompletionRequest, delta: Delta, teller: ToolTeller | None) -> Iterator[ChatChunkChoice]:
+        """What a delta tells; tokens are told with its first chunk, even if their text is held back."""
+        deltas = teller.deltas(delta.text) if teller else [ChatDelta(content=delta.text)]
+        logprobs = self._logprobs(body, delta.logprobs)
+        ids = list(delta.token_ids) if body.return_token_ids else UNSET
+        if deltas or logprobs or ids:
+            first, *more = deltas or [ChatDelta()]
+            yield ChatChunkChoice(delta.index, first, logprobs=logprobs, token_ids=ids)
+            yield from (ChatChunkChoice(delta.index, one) for one in more)
 
 
 class _ChunkWriter:
@@ -177,10 +194,17 @@ class _ChunkWriter:
         return event(msgspec.json.encode(chunk))
 
 
-def _last(finish: Finish) -> ChatChunkChoice:
-    return ChatChunkChoice(
-        finish.index, ChatDelta(), finish_reason=finish_reason(finish), stop_reason=finish.matched_stop
-    )
+def _last(finish: Finish, teller: ToolTeller | None) -> Iterator[ChatChunkChoice]:
+    """The end of a choice, after what was held back of it."""
+    held = teller.deltas("", last=True) if teller else []
+    yield from (ChatChunkChoice(finish.index, one) for one in held)
+    reason = _reason(finish, teller)
+    yield ChatChunkChoice(finish.index, ChatDelta(), finish_reason=reason, stop_reason=finish.matched_stop)
+
+
+def _reason(finish: Finish, teller: ToolTeller | None) -> ChatFinishReason:
+    reason = finish_reason(finish)
+    return "tool_calls" if teller and teller.called and reason == "stop" else reason
 
 
 def _new_id() -> str:

@@ -24,7 +24,7 @@ def refusal(error: ValidationError, schema: type[BaseModel]) -> InvalidRequest:
         return InvalidRequest(_unknown_field(first["loc"], path, schema), param=path)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConflictingFields):
-        return InvalidRequest(f"{cause}.", param=cause.param)
+        return InvalidRequest(f"{cause}.", param=f"{path}.{cause.param}" if path else cause.param)
     private = first["loc"][:1] and first["loc"][0] in _PRIVATE
     said = first["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"'{path}': {said} (got {_shown(first['input'], private=bool(private))}).", param=path)

@@ -29,7 +29,7 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
 
 
 class ControlTokens:
-    """The control tokens of one tokenizer. Immutable after construction; used from any thread."""
+    """The control tokens of one tokenizer. Immutable after construction; used from any thread. ids: by their text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         added = tokenizer.get_added_tokens_decoder()
@@ -37,7 +37,7 @@ class ControlTokens:
         # The mask itself counts as one, so that a client cannot write it.
         self._texts = [*sorted(ids, key=len, reverse=True), MASK]
         self._number = {text: number for number, text in enumerate(self._texts)}
-        self._ids = ids
+        self.ids = ids
         self._tokenizer = tokenizer
         self._plain = plain_tokenizer(tokenizer)
         self._any = re.compile("|".join(map(re.escape, self._texts)))
@@ -62,7 +62,7 @@ class ControlTokens:
         ids: list[int] = []
         for number, piece in enumerate(pieces):
             if number % 2:
-                ids.append(self._ids[piece])
+                ids.append(self.ids[piece])
             elif piece:
                 ids += self._plain.encode(self._unmask(piece), add_special_tokens=False).ids
         return ids

@@ -16,12 +16,14 @@ from adaplex_server.bases.tokenizer import load_tokenizer
 from adaplex_server.service.control_tokens import ControlTokens
 from adaplex_server.service.conversation import check_messages, check_text
 from adaplex_server.service.detokenizer import Detokenizer, TokenBytes, token_bytes
+from adaplex_server.service.tool_formats import ToolFormat, recognize
 
 
 class TextCodec:
     """The texts of one base.
 
-    folder: the base's. chat_template: jinja source that replaces the tokenizer's own.
+    folder: the base's. chat_template: jinja source that replaces the tokenizer's own. tool_format: how the base writes
+    tool calls, None if it writes none that are known.
     """
 
     def __init__(self, folder: Path, *, chat_template: str | None = None) -> None:
@@ -30,6 +32,8 @@ class TextCodec:
         self._chat_template = chat_template or self._templates.chat_template
         self._control = ControlTokens(self._tokenizer)
         self.table: TokenBytes = token_bytes(self._tokenizer)
+        template = self._chat_template if isinstance(self._chat_template, str) else None
+        self.tool_format: ToolFormat | None = recognize(template, self._control.ids)
 
     @property
     def has_chat_template(self) -> bool:

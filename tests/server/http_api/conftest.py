@@ -64,6 +64,8 @@ BEHAVIOURS = ("slow", "silent", "full", "down", "breaks", "breaks-late", "bug", 
 class FakeText:
     """One token a byte."""
 
+    tool_format: Any = None
+
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
         return list(text.encode())
 
@@ -163,8 +165,8 @@ class FakeService:
     async def encode(self, text: str, *, add_special: bool = True) -> tuple[int, ...]:
         return tuple(self.text.encode(text))
 
-    async def chat(self, messages: Sequence[Mapping[str, Any]], **_: Any) -> tuple[int, ...]:
-        return tuple(self.text.chat(messages))
+    async def chat(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> tuple[int, ...]:
+        return tuple(self.text.chat(messages, **more))
 
     def request(
         self,

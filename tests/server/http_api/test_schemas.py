@@ -24,16 +24,19 @@ from adaplex_server.http_api.settings import HttpSettings
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "hi"}]
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": None}, "messages", "list"),
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": [1]}, "messages[0]", "got 1"),
-    ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'system', 'developer', 'user'"),
-    ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "not supported"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "only tool calls go without"),
+    ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role", "'system', 'developer', 'user'"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "only tool calls go without"),
     ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "not empty"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "type 'text'"),
-    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls", "belongs to"),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "a"}]}, "messages[0].tool_call_id", "belongs to"),
     ({"messages": [{"role": "user", "content": "x", "extra": 1}]}, "messages[0].extra", "Unknown field"),
     ({"messages": [*USER, {"role": "assistant", "content": "x"}]}, "messages", "template refuses"),
     ({"model": None}, "model", "string"),
@@ -65,8 +68,12 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"stop_token_ids": [1.5]}, "stop_token_ids", "token ids"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
     ({"stream": True, "stream_options": {"include": True}}, "stream_options.include", "Unknown"),
-    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-    ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"tools": [{"type": "web"}]}, "tools[0].type", "'function'"),
+    ({"tools": [TOOL]}, "tools", "no tools, or writes calls in a way"),
+    ({"tools": [TOOL, TOOL]}, "tools", "two functions of one name"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "not among"),
+    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", "exclude each other"),
+    ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
     ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
     ({"audio": {"voice": "x"}}, "audio", "not supported"),
     ({"response_format": {"type": "yaml"}}, "response_format.type", "json_object"),

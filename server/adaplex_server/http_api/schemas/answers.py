@@ -10,6 +10,7 @@ from typing import Literal
 from msgspec import UNSET, Struct, UnsetType
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(Struct, frozen=True):
@@ -64,12 +65,28 @@ class ChatLogprobs(Struct, frozen=True):
     refusal: None = None
 
 
-class AnswerMessage(Struct, frozen=True):
-    """The assistant's turn."""
+class CalledFunction(Struct, frozen=True):
+    """arguments: JSON as text."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, frozen=True):
+    """The client is to call this and to send the result as a message of role 'tool' with the call's id."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
+class AnswerMessage(Struct, frozen=True):
+    """The assistant's turn. content: null where there are tool calls alone."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):
@@ -78,7 +95,7 @@ class ChatChoice(Struct, frozen=True):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: str | int | None = None
     token_ids: list[int] | UnsetType = UNSET
 
@@ -96,11 +113,28 @@ class ChatCompletion(Struct, frozen=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class DeltaFunction(Struct, frozen=True):
+    """More of a call: its name comes first, then its arguments in pieces."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class DeltaToolCall(Struct, frozen=True):
+    """What is new of the call of this number; id and type come with the name."""
+
+    index: int
+    function: DeltaFunction
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class ChatDelta(Struct, frozen=True):
     """What is new; `role` is in the first chunk of a choice alone."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[DeltaToolCall] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, frozen=True):
@@ -109,7 +143,7 @@ class ChatChunkChoice(Struct, frozen=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: str | int | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
 

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema, model_val
 
 from adaplex_server.http_api.schemas.fields import ConflictingFields, Only, RequestModel
 from adaplex_server.http_api.schemas.sampling import SamplingFields
+from adaplex_server.http_api.schemas.tools import MAX_TOOLS, NamedTool, Tool, ToolCall
 from adaplex_server.service.limits import MAX_LOGPROBS
 
 MAX_MESSAGES = 4096
@@ -17,8 +18,6 @@ def _joined_text(value: Any) -> str:
     """A string, or text parts; parts are joined by line breaks, as vLLM does for templates that take strings."""
     if isinstance(value, str):
         return value
-    if value is None:
-        raise ValueError("must be a string or a list of text parts; a message without content is not supported")
     if not isinstance(value, list) or not value:
         raise ValueError("must be a string or a list of text parts that is not empty")
     texts = []
@@ -48,19 +47,34 @@ Content = Annotated[
 class ChatMessage(RequestModel):
     """One turn. An assistant message may be sent back as it was received: fields that are null there pass."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
     name: str | None = Field(None, description="Given to the chat template, which may use it.", max_length=256)
     refusal: Annotated[Any, Only()] = None
     annotations: Annotated[Any, Only([])] = None
     audio: Annotated[Any, Only()] = None
     function_call: Annotated[Any, Only()] = None
-    tool_calls: Annotated[Any, Only([])] = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = Field(None, max_length=256)
 
-    def templated(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _whole(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ConflictingFields("tool_calls", "belongs to messages of role 'assistant'")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ConflictingFields("tool_call_id", "belongs to messages of role 'tool'")
+        if self.content is None and not self.tool_calls:
+            raise ConflictingFields("content", "must be a string or a list of text parts; only tool calls go without")
+        return self
+
+    def templated(self) -> dict[str, Any]:
         """As chat templates expect it; OpenAI's newer word 'developer' is 'system' there."""
         role = "system" if self.role == "developer" else self.role
-        named = {"name": self.name} if self.name is not None else {}
+        named: dict[str, Any] = {"name": self.name} if self.name is not None else {}
+        if self.tool_calls:
+            named["tool_calls"] = [call.templated() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            named["tool_call_id"] = self.tool_call_id
         return {"role": role, "content": self.content, **named}
 
 
@@ -75,9 +89,11 @@ class ChatCompletionRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    tools: Annotated[Any, Only([])] = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, Only(True, False)] = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="With 'required' or a tool's name the answer is calls that keep to the tools' schemas."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Whether 'required' allows more than one call.")
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
     modalities: Annotated[Any, Only(["text"])] = None
@@ -106,7 +122,20 @@ class ChatCompletionRequest(SamplingFields):
             raise ConflictingFields("max_tokens", "contradicts max_completion_tokens; send one of them")
         if self.stream_options is not None and not self.stream:
             raise ConflictingFields("stream_options", "is only possible with stream: true")
+        self._check_tools()
         return self
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ConflictingFields("tools", "holds two functions of one name")
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ConflictingFields("tool_choice", "names a function that is not among the tools")
+        if choice == "required" and not names:
+            raise ConflictingFields("tool_choice", "asks for a call, and there are no tools")
+        if names and choice != "none" and self.constraint is not None:
+            raise ConflictingFields("response_format", "and tools exclude each other; send tool_choice 'none'")
 
     @property
     def answer_tokens(self) -> int | None:

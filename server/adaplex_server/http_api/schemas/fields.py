@@ -51,7 +51,7 @@ class Only:
 
 
 class ConflictingFields(ValueError):
-    """A rule over several fields is broken; `param` is the one to change."""
+    """A rule over several fields is broken; `param` is the one to change, inside the object."""
 
     def __init__(self, param: str, message: str) -> None:
         super().__init__(f"'{param}' {message}")

@@ -85,7 +85,7 @@ class ResponseFormat(RequestModel):
     @model_validator(mode="after")
     def _whole(self) -> ResponseFormat:
         if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise ConflictingFields("response_format.json_schema", "goes with type 'json_schema', and only with it")
+            raise ConflictingFields("json_schema", "goes with type 'json_schema', and only with it")
         return self
 
     def constraints(self) -> list[Constraint]:

@@ -1,0 +1,80 @@
+"""Tools of a chat request, and the calls of them that a conversation holds, as OpenAI names them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import orjson
+from pydantic import Field
+
+from adaplex_server.http_api.schemas.fields import RequestModel
+
+NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
+MAX_TOOLS = 128
+
+
+class Function(RequestModel):
+    """What the model may call. parameters: a JSON schema of an object."""
+
+    name: str = Field(pattern=NAME)
+    description: str | None = Field(None, max_length=16384)
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, description="Calls keep to the schema where tool_choice asks for a call.")
+
+
+class Tool(RequestModel):
+    """Only functions are known."""
+
+    type: Literal["function"]
+    function: Function
+
+    def templated(self) -> dict[str, Any]:
+        """As chat templates expect it."""
+        told = {"name": self.function.name, "description": self.function.description or ""}
+        return {"type": "function", "function": {**told, "parameters": self.parameters}}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The schema, which says "an object" where the client says nothing."""
+        return self.function.parameters or {"type": "object", "properties": {}}
+
+
+class NamedFunction(RequestModel):
+    """The function that must be called."""
+
+    name: str = Field(pattern=NAME)
+
+
+class NamedTool(RequestModel):
+    """A tool_choice that asks for one tool."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class CalledFunction(RequestModel):
+    """arguments: JSON as text, as it was answered."""
+
+    name: str = Field(max_length=256)
+    arguments: str
+
+    def templated(self) -> dict[str, Any]:
+        """Arguments as an object, which templates write in their own way; what is no object stays text."""
+        try:
+            value = orjson.loads(self.arguments)
+        except orjson.JSONDecodeError:
+            value = None
+        return {"name": self.name, "arguments": value if isinstance(value, dict) else self.arguments}
+
+
+class ToolCall(RequestModel):
+    """A call in an assistant's message, sent back as it was received."""
+
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+    def templated(self) -> dict[str, Any]:
+        """As chat templates expect it."""
+        return {"id": self.id, "type": "function", "function": self.function.templated()}
