@@ -136,11 +136,21 @@ class Residency:
             self._fail(read.revision, error if isinstance(error, AdaplexError) else InternalError(repr(error)))
             return
         self._send(AdapterMoved(read.revision, "read", read.seconds))
-        rank, most = read.result.rank, self._slots.pages_per_slot
-        if pages_of_rank(rank) > most or len(read.result.pages) > self._slots.total_pages:
-            rows = most * RANK_PAGE
-            what = f"rank {rank} does not fit: this server takes ranks up to {rows} (max_rank, adapter_bytes)"
-            self._fail(read.revision, InvalidAdapter(what))
+        too_large = self._too_large(read.result)
+        if too_large is not None:
+            self._fail(read.revision, InvalidAdapter(too_large))
+
+    def _too_large(self, image: AdapterImage) -> str | None:
+        """Why the image fits no slot, if it does not."""
+        most, room = self._slots.pages_per_slot, self._slots.total_pages
+        limit = f"up to {most * RANK_PAGE} (max_rank, adapter_bytes)"
+        if pages_of_rank(image.rank) > most:
+            return f"rank {image.rank} does not fit: this server takes ranks {limit}"
+        if image.bottleneck_pages - 1 > most:
+            return f"its bottlenecks do not fit: this server takes widths {limit}"
+        if len(image.pages) > room:
+            return f"it takes {len(image.pages)} pages of adapter memory, and this server has {room} (adapter_bytes)"
+        return None
 
     def place(self, clock: Callable[[], float]) -> bool:
         """Begin to bring at most one adapter to its slot, and settle those that have come. True while any is under way,
