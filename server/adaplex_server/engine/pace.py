@@ -1,30 +1,45 @@
-"""How long rows take, and from it how long one that comes now would wait for its turn."""
+"""How fast rows come and go, and from it how long one that comes now would wait for its turn."""
 
 from __future__ import annotations
 
-_MEMORY = 1 / 32
+_OF_ROWS = 1 / 32
+_OF_STEPS = 1 / 8
 _LONGEST = 60.0
 _SHORTEST = 0.1
 
 
 class Pace:
-    """Owns the mean time that rows have run, the last few dozen weighing most."""
+    """Owns the mean number of steps that a row takes and the mean time of a step, both of the last ones.
+
+    The time of a step follows a change of load within a few steps; that of whole rows would follow it only when they
+    have ended, which is too late for those who come meanwhile.
+    """
 
     def __init__(self) -> None:
-        self._seconds = 0.0
+        self._steps = 0.0
         self._rows = 0.0
+        self._step_seconds: float | None = None
+        self._planned: float | None = None
 
-    def note(self, seconds: float) -> None:
-        """A row has ended by itself, so long after it began."""
-        self._seconds += seconds - _MEMORY * self._seconds
-        self._rows += 1 - _MEMORY * self._rows
+    def plan(self, now: float, busy: bool) -> None:
+        """A step is planned; busy: it has work."""
+        if self._planned is not None:
+            seconds = now - self._planned
+            before = seconds if self._step_seconds is None else self._step_seconds
+            self._step_seconds = before + _OF_STEPS * (seconds - before)
+        self._planned = now if busy else None
+
+    def end(self, steps: int) -> None:
+        """A row has ended by itself, after so many steps."""
+        self._steps += steps - _OF_ROWS * self._steps
+        self._rows += 1 - _OF_ROWS * self._rows
 
     def wait(self, ahead: int, running: int) -> float:
         """Expected seconds until a row begins that has so many before it in the queue, while `running` rows run
         (Little's law); 0 as long as nothing is known.
         """
-        mean = self._seconds / self._rows if self._rows else 0.0
-        return (ahead + 1) * mean / max(running, 1)
+        steps = self._steps / self._rows if self._rows else 0.0
+        return (ahead + 1) * steps * (self._step_seconds or 0.0) / max(running, 1)
 
     def retry_after(self, wait: float) -> float:
         """What a client is told that would wait so long: to come back when about half of those before it have begun."""

@@ -44,7 +44,8 @@ class Limits:
     """max_scores: prompt tokens of a step whose log-probabilities are wanted, at most (each one costs a row of logits).
 
     eos: the model's own end tokens. max_context: tokens of a row, prompt and answer. vocab_size: token ids end below.
-    max_wait: expected seconds in the queue above which a row is refused at once, None for no such limit.
+    max_wait: seconds in the queue: a row that is expected to wait for longer is refused at once, and one that has
+    waited for longer, then; None for no such limit.
     """
 
     max_rows: int
@@ -113,6 +114,7 @@ class Scheduler:
             max_tokens=min(sampling.max_tokens, self.max_context - length),
             virtual=virtual,
             weight=message.weight,
+            queued=now,
             guide=guide,
             scores=[None] if sampling.prompt_logprobs is not None else [],
         )
@@ -196,6 +198,7 @@ class Scheduler:
             one.row.computed += one.count
             one.row.ahead += one.samples
             one.row.unsettled += 1
+        self._pace.plan(now, busy=bool(planned))
         return planned
 
     def commit(self, work: Work, outcome: Outcome, now: float) -> None:
@@ -276,9 +279,17 @@ class Scheduler:
         return {revision: row.order for revision, row in self._waiting.heads().items()}
 
     def _expire(self, now: float) -> None:
+        if self.limits.max_wait is not None:
+            self._expire_waits(now, self.limits.max_wait)
         for row in [r for r in self._rows.values() if r.deadline is not None and r.deadline <= now]:
             where = "generating" if row.generated else "in prefill" if row.state == "running" else "in the queue"
             self.fail(row, DeadlineExceeded(f"the deadline passed while the request was {where}"))
+
+    def _expire_waits(self, now: float, longest: float) -> None:
+        """End rows that were expected to begin earlier: now it would be at the cost of those that can be in time."""
+        for row in [row for row in self._waiting if now - row.queued > longest]:
+            what = f"this request has waited for {longest:g} s, and that is the limit; retry later"
+            self.fail(row, Overloaded(what, retry_after=self._pace.retry_after(longest)))
 
     def _grow(self, row: Row) -> bool:
         """A page for the row's next token, by preempting the last row if need be (perhaps this one: then False). False
@@ -388,7 +399,7 @@ class Scheduler:
         else:
             self._events.end(row, reason, stop)
         if now is not None:
-            self._pace.note(now - row.began)
+            self._pace.end(row.generated + 1)
 
     def held_pages(self) -> list[list[int]]:
         """The pages of every running row, and of steps in flight (for the pool's audit)."""

@@ -12,14 +12,38 @@ def test_nothing_is_expected_before_a_row_has_ended() -> None:
     assert Pace().wait(100, 8) == 0
 
 
+def fill(pace: Pace, steps: int, seconds: float, rows: int = 300) -> None:
+    now = 0.0
+    pace.plan(now, busy=False)
+    for _ in range(rows):
+        pace.plan(now, busy=True)
+        now += seconds
+        pace.end(steps)
+    pace.plan(now, busy=False)
+
+
 def test_a_wait_is_the_time_of_the_rows_before() -> None:
     pace = Pace()
-    for _ in range(5):
-        pace.note(4.0)
+    fill(pace, 40, 0.1)
     assert pace.wait(7, 8) == pytest.approx(4.0) and pace.wait(31, 8) == pytest.approx(16.0)
-    for _ in range(300):
-        pace.note(1.0)
+    fill(pace, 10, 0.1)
     assert pace.wait(7, 8) == pytest.approx(1.0, rel=0.01), "the last rows count"
+
+
+def test_a_wait_follows_the_time_of_steps_within_some_of_them() -> None:
+    pace = Pace()
+    fill(pace, 40, 0.1)
+    fill(pace, 40, 0.3, rows=20)
+    assert pace.wait(7, 8) > 10
+
+
+def test_idle_time_is_no_step() -> None:
+    pace = Pace()
+    fill(pace, 40, 0.1)
+    pace.plan(1e6, busy=False)
+    pace.plan(2e6, busy=True)
+    pace.plan(2e6 + 0.1, busy=True)
+    assert pace.wait(7, 8) == pytest.approx(4.0)
 
 
 def test_a_hint_is_neither_at_once_nor_never() -> None:

@@ -108,6 +108,55 @@ def test_the_queue_is_bounded_and_hints_when_to_retry() -> None:
     assert len(world.ends) == 5
 
 
+def test_who_would_wait_too_long_is_refused_at_once_and_who_has_waited_too_long_then() -> None:
+    world = make_world({}, max_rows=1, max_waiting=100, max_wait=20)
+    for row in range(3):
+        submit(world, row, sampling=longer(9))
+        for _ in range(12):
+            world.now[0] += 1
+            world.step()
+    for row in range(10, 15):
+        submit(world, row, sampling=longer(9))
+        world.step()
+    refused = [row for row, ends in world.ends.items() if ends[0].error == "Overloaded"]
+    assert refused and set(refused) < set(range(11, 15)), "about two rows end in 20 s"
+    world.now[0] += 30
+    world.settle()
+    late = {row: ends[0].message for row, ends in world.ends.items() if ends[0].error == "Overloaded"}
+    assert set(late) == set(range(11, 15)) and sum("has waited" in what for what in late.values()) >= 1
+    assert world.ends[10][0].reason == "length"
+
+
+def test_a_deadline_that_cannot_be_met_is_told_at_once() -> None:
+    world = make_world({}, max_rows=1, max_waiting=100)
+    for row in range(2):
+        submit(world, row, sampling=longer(9))
+        for _ in range(12):
+            world.now[0] += 1
+            world.step()
+    submit(world, 5, sampling=longer(9))
+    world.step()
+    now = int(world.now[0])
+    submit(world, 6, sampling=longer(9), deadline=now + 3)
+    submit(world, 7, sampling=longer(9), deadline=now + 60)
+    world.step()
+    assert world.ends[6][0].error == "Overloaded" and "its time ends" in world.ends[6][0].message
+    world.settle()
+    assert world.ends[7][0].reason == "length"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_adapter_begins_within_a_row_of_the_flood_of_another(overlap: bool) -> None:
+    """50 of r1 wait and 4 run; r2 begins when the first of these has ended."""
+    world = make_world({"r1": 1, "r2": 1}, max_rows=4, max_waiting=100, overlap=overlap)
+    for row in range(54):
+        submit(world, row, "r1", longer(8))
+    steps_until(world, 0)
+    submit(world, 100, "r2", longer(8))
+    assert steps_until(world, 100) <= 12
+    world.settle()
+
+
 def test_rows_that_arrive_together_fill_the_free_places_before_the_queue() -> None:
     world = make_world({}, max_rows=3, max_waiting=2)
     for row in range(7):
