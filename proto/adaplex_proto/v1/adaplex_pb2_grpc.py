@@ -395,3 +395,383 @@ class Adapters(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class FineTuningStub(object):
+    """From a JSONL file to a served adapter. Files and jobs are those of /v1/files and /v1/fine_tuning/jobs.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.UploadFile = channel.stream_unary(
+                '/adaplex.v1.FineTuning/UploadFile',
+                request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.UploadFileRequest.SerializeToString,
+                response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.File.FromString,
+                _registered_method=True)
+        self.CreateJob = channel.unary_unary(
+                '/adaplex.v1.FineTuning/CreateJob',
+                request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.CreateJobRequest.SerializeToString,
+                response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+                _registered_method=True)
+        self.ListJobs = channel.unary_unary(
+                '/adaplex.v1.FineTuning/ListJobs',
+                request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.ListJobsResponse.FromString,
+                _registered_method=True)
+        self.GetJob = channel.unary_unary(
+                '/adaplex.v1.FineTuning/GetJob',
+                request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+                response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+                _registered_method=True)
+        self.CancelJob = channel.unary_unary(
+                '/adaplex.v1.FineTuning/CancelJob',
+                request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+                response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+                _registered_method=True)
+        self.PauseJob = channel.unary_unary(
+                '/adaplex.v1.FineTuning/PauseJob',
+                request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+                response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+                _registered_method=True)
+        self.ResumeJob = channel.unary_unary(
+                '/adaplex.v1.FineTuning/ResumeJob',
+                request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+                response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+                _registered_method=True)
+        self.WatchJob = channel.unary_stream(
+                '/adaplex.v1.FineTuning/WatchJob',
+                request_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+                response_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobEvent.FromString,
+                _registered_method=True)
+
+
+class FineTuningServicer(object):
+    """From a JSONL file to a served adapter. Files and jobs are those of /v1/files and /v1/fine_tuning/jobs.
+    """
+
+    def UploadFile(self, request_iterator, context):
+        """The first message holds the file's name; an answer means that the file is durable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateJob(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobs(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJob(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelJob(self, request, context):
+        """Ends a job that has not ended; what it has made is deleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseJob(self, request, context):
+        """Keeps a checkpoint and waits for ResumeJob.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeJob(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchJob(self, request, context):
+        """Every event from the first one on, until the job has ended or is paused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_FineTuningServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'UploadFile': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadFile,
+                    request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.UploadFileRequest.FromString,
+                    response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.File.SerializeToString,
+            ),
+            'CreateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateJob,
+                    request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.CreateJobRequest.FromString,
+                    response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.SerializeToString,
+            ),
+            'ListJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobs,
+                    request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.ListJobsRequest.FromString,
+                    response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.ListJobsResponse.SerializeToString,
+            ),
+            'GetJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJob,
+                    request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.FromString,
+                    response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.SerializeToString,
+            ),
+            'CancelJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJob,
+                    request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.FromString,
+                    response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.SerializeToString,
+            ),
+            'PauseJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseJob,
+                    request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.FromString,
+                    response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.SerializeToString,
+            ),
+            'ResumeJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeJob,
+                    request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.FromString,
+                    response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.Job.SerializeToString,
+            ),
+            'WatchJob': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJob,
+                    request_deserializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.FromString,
+                    response_serializer=adaplex__proto_dot_v1_dot_adaplex__pb2.JobEvent.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'adaplex.v1.FineTuning', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('adaplex.v1.FineTuning', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class FineTuning(object):
+    """From a JSONL file to a served adapter. Files and jobs are those of /v1/files and /v1/fine_tuning/jobs.
+    """
+
+    @staticmethod
+    def UploadFile(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/adaplex.v1.FineTuning/UploadFile',
+            adaplex__proto_dot_v1_dot_adaplex__pb2.UploadFileRequest.SerializeToString,
+            adaplex__proto_dot_v1_dot_adaplex__pb2.File.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.FineTuning/CreateJob',
+            adaplex__proto_dot_v1_dot_adaplex__pb2.CreateJobRequest.SerializeToString,
+            adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.FineTuning/ListJobs',
+            adaplex__proto_dot_v1_dot_adaplex__pb2.ListJobsRequest.SerializeToString,
+            adaplex__proto_dot_v1_dot_adaplex__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.FineTuning/GetJob',
+            adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+            adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.FineTuning/CancelJob',
+            adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+            adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.FineTuning/PauseJob',
+            adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+            adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.FineTuning/ResumeJob',
+            adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+            adaplex__proto_dot_v1_dot_adaplex__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/adaplex.v1.FineTuning/WatchJob',
+            adaplex__proto_dot_v1_dot_adaplex__pb2.JobRequest.SerializeToString,
+            adaplex__proto_dot_v1_dot_adaplex__pb2.JobEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -1,4 +1,4 @@
-"""The gRPC server: both services, health, reflection, and the limits of a connection."""
+"""The gRPC server: its services, health, reflection, and the limits of a connection."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from adaplex_proto.v1 import adaplex_pb2 as pb
 from adaplex_proto.v1 import adaplex_pb2_grpc as pb_grpc
 from adaplex_server.grpc_api.access import GateInterceptor
 from adaplex_server.grpc_api.adapters import AdaptersServicer
+from adaplex_server.grpc_api.fine_tuning import FineTuningServicer
 from adaplex_server.grpc_api.inference import InferenceServicer
 from adaplex_server.service.service import Service
 from adaplex_server.tls import Certificate
 
-SERVICES = tuple(pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Inference", "Adapters"))
+SERVICES = tuple(pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Inference", "Adapters", "FineTuning"))
 MAX_MESSAGE_BYTES = 16 << 20
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -35,6 +36,7 @@ class GrpcServer:
         self._server = grpc.aio.server(options=OPTIONS, interceptors=(GateInterceptor(service.gate),))
         pb_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
         pb_grpc.add_AdaptersServicer_to_server(AdaptersServicer(service, max_upload), self._server)
+        pb_grpc.add_FineTuningServicer_to_server(FineTuningServicer(service), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
