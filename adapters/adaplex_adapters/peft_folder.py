@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from adaplex_adapters.composition import KIND_COMPOSITION
 from adaplex_adapters.folder import TENSOR_FILE
 from adaplex_adapters.kinds.bottleneck import normalized_bottleneck
+from adaplex_adapters.kinds.composition import joined, parts_of
 from adaplex_adapters.kinds.prompt_fields import SAVED
 from adaplex_adapters.peft_config import KIND_FIELD
 from adaplex_adapters.peft_fields import CONFIG_FILE
@@ -55,6 +57,9 @@ def _text(config: Mapping[str, Any]) -> str:
 
 def _normalized(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
     kind = adapter.spec.kind
+    if kind == KIND_COMPOSITION:
+        parts = [_normalized(part) for part in parts_of(adapter)]
+        return parts[0] if len(parts) == 1 else joined(parts)
     if kind == KIND_BOTTLENECK:
         return normalized_bottleneck(adapter)
     common = {

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from adaplex_adapters.base_shape import BaseShape
 from adaplex_adapters.composition import Part, compose
-from adaplex_adapters.errors import InvalidRequest
+from adaplex_adapters.errors import InvalidAdapter, InvalidRequest
+from adaplex_adapters.identity import described
 from adaplex_adapters.reader import read_adapter
-from adaplex_adapters.spec import Adapter
+from adaplex_adapters.spec import Adapter, Scale, draft
+from adaplex_adapters.store import AdapterStore
 from support.adapter_reference import logits
 
 IDS = torch.arange(3, 15)[None]
@@ -80,3 +84,38 @@ def test_what_has_no_sum_is_refused(loras: list[Path], base: BaseShape) -> None:
     ):
         with pytest.raises(InvalidRequest, match=reason):
             compose(parts)
+
+
+def test_different_kinds_are_kept_and_read_as_the_same(loras: list[Path], base: BaseShape, tmp_path: Path) -> None:
+    lora, store = read_adapter(loras[1], base), AdapterStore(tmp_path / "store")
+    path, module = next(iter(read_adapter(loras[0], base).modules.items()))
+    dora = replace(module, magnitude=torch.rand(module.b.shape[0]) + 0.5)
+    for number, others in enumerate(
+        (
+            [soft(lora.spec)],
+            [Adapter(draft("ia3", ""), scales={"model.layers.0.self_attn.k_proj": Scale(torch.rand(16), "output")})],
+            [described(Adapter(draft("dora", ""), modules={path: dora}))],
+        )
+    ):
+        whole = compose([Part("l", lora, 0.5), *(Part(str(number), one) for one in others)])
+        again = store.read(store.commit(whole), base)
+        assert again.spec.revision == whole.spec.revision
+        assert (again.spec.rank, again.spec.virtual_tokens) == (whole.spec.rank, whole.spec.virtual_tokens)
+        assert again.modules.keys() == whole.modules.keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, "1 to 6 parts"),
+        ({"parts": []}, "1 to 6 parts"),
+        ({"parts": [3]}, "part 0 .* is not the config"),
+        ({"parts": [{"peft_type": "COMPOSITION", "parts": []}]}, "part 0 .* is not the config"),
+        ({"parts": [{"peft_type": "LORA"}], "alpha": 1}, "nothing else"),
+    ],
+)
+def test_a_broken_composition_is_refused(fields: dict[str, Any], told: str, tmp_path: Path, base: BaseShape) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "COMPOSITION", **fields}))
+    save_file({"0.x": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InvalidAdapter, match=told):
+        read_adapter(tmp_path, base)

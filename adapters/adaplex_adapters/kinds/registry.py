@@ -8,6 +8,8 @@ from typing import Any
 
 from adaplex_adapters.kinds.adalora import read_adalora
 from adaplex_adapters.kinds.bottleneck import read_bottleneck
+from adaplex_adapters.kinds.composition import PEFT_TYPE as COMPOSITION
+from adaplex_adapters.kinds.composition import read_composition
 from adaplex_adapters.kinds.ia3 import read_ia3
 from adaplex_adapters.kinds.lora import read_lora
 from adaplex_adapters.kinds.lycoris import read_loha, read_lokr
@@ -63,6 +65,8 @@ _OTHERS: Mapping[str, str] = MappingProxyType(
 def reader_of(fields: Mapping[str, Any]) -> KindReader:
     """The reader for a config. Raises InvalidAdapter for a kind that is not served, and names it."""
     kind = fields.get("peft_type")
+    if kind == COMPOSITION:
+        return lambda source: read_composition(source, reader_of)
     served = ", ".join(sorted(KINDS))
     if kind is None and isinstance(fields.get("config"), dict):
         return read_bottleneck

@@ -11,6 +11,9 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from adaplex_adapters.composition import Part, compose
 from adaplex_adapters.errors import AdaplexError, InvalidRequest, ModelNotFound
@@ -25,6 +28,7 @@ from adaplex_server.service.limits import SamplingRequest
 from adaplex_server.service.service import Service
 from adaplex_server.service.settings import ENGINE_COMMAND
 from adaplex_server.vocabulary import Delta
+from support.adapter_reference import logits
 
 Starter = Callable[..., Awaitable[Service]]
 
@@ -207,25 +211,38 @@ PROMPT = "The same answer"
 TOKENS = 12
 
 
-def oracle(base: Path, folders: list[Path], weights: list[float], prompt: list[int]) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their log-probabilities of PEFT's own weighted adapter."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def greedy(logits: Callable[[torch.Tensor], torch.Tensor], prompt: list[int]) -> tuple[list[int], list[float]]:
+    """Tokens and their log-probabilities. logits: of ids [1, n], [1, any, vocabulary]."""
+    tokens, logprobs = list(prompt), []
+    for _ in range(TOKENS):
+        with torch.no_grad():
+            scores = logits(torch.tensor([tokens]))[0, -1].log_softmax(-1)
+        tokens.append(int(scores.argmax()))
+        logprobs.append(float(scores.max()))
+    return tokens[len(prompt) :], logprobs
 
+
+def weighted(base: Path, folders: list[Path], weights: list[float]) -> Any:
+    """PEFT's own weighted adapter."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peft = PeftModel.from_pretrained(model, folders[0], adapter_name="0")
     for number, folder in enumerate(folders[1:], 1):
         peft.load_adapter(folder, adapter_name=str(number))
     peft.add_weighted_adapter([str(n) for n in range(len(folders))], weights, "sum", combination_type="cat")
     peft.set_adapter("sum")
-    tokens, logprobs = list(prompt), []
-    for _ in range(TOKENS):
-        with torch.no_grad():
-            scores = peft(input_ids=torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
-        tokens.append(int(scores.argmax()))
-        logprobs.append(float(scores.max()))
-    return tokens[len(prompt) :], logprobs
+    return peft.eval()
+
+
+def logits_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda ids: model(input_ids=ids).logits
+
+
+def write_soft_prompt(base: Path, folder: Path) -> Path:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    peft = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    peft.save_pretrained(folder)
+    return folder
 
 
 async def test_answers_are_those_of_pefts_weighted_adapter(
@@ -246,6 +263,8 @@ async def test_answers_are_those_of_pefts_weighted_adapter(
     service = await running(engine=engine, engine_command=ENGINE_COMMAND)
     for name, folder in zip("ab", adapters[:2], strict=True):
         await service.registry.load_folder(name, folder)
+    soft = write_soft_prompt(tiny_base, tmp_path / "soft")
+    await service.registry.load_folder("soft", soft)
     await service.registry.compose("named", [NamedPart("a", 2.0), NamedPart("b", -0.5)])
     prompt = service.text.encode(PROMPT)
     wish = SamplingRequest(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, logprobs=0)
@@ -255,10 +274,15 @@ async def test_answers_are_those_of_pefts_weighted_adapter(
         scores = [one async for item in items if isinstance(item, Delta) for one in item.logprobs]
         return [one.token_id for one in scores], [one.logprob for one in scores]
 
-    cases = {"a+b": [1.0, 1.0], "a*0.7+b*0.3": [0.7, 0.3], "named": [2.0, -0.5]}
-    answers = await asyncio.gather(*(answer(model) for model in cases))
-    for (tokens, logprobs), weights in zip(answers, cases.values(), strict=True):
-        wanted, scores = oracle(tiny_base, list(adapters[:2]), weights, prompt)
-        assert tokens == wanted
-        assert logprobs == pytest.approx(scores, abs=1e-3)
-    assert len({tuple(tokens) for tokens, _ in answers}) == 3
+    sums = {"a+b": [1.0, 1.0], "a*0.7+b*0.3": [0.7, 0.3], "named": [2.0, -0.5]}
+    answers = await asyncio.gather(*(answer(model) for model in (*sums, "soft+a*2", "soft")))
+    shape = base_shape(read_config(tiny_base))
+    both = compose([Part("s", read_adapter(soft, shape)), Part("a", read_adapter(adapters[0], shape), 2.0)])
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    wanted = [greedy(logits_of(weighted(tiny_base, list(adapters[:2]), weights)), prompt) for weights in sums.values()]
+    wanted.append(greedy(lambda ids: logits(plain, both, ids), prompt))
+    wanted.append(greedy(logits_of(PeftModel.from_pretrained(plain, soft).eval()), prompt))
+    for (tokens, scores), (best, expected) in zip(answers, wanted, strict=True):
+        assert tokens == best
+        assert scores == pytest.approx(expected, abs=1e-3)
+    assert len({tuple(tokens) for tokens, _ in answers}) == 5
