@@ -23,7 +23,7 @@ SERVER_LAYERS = {
     "bench": 6,
 }
 # Nouns that every layer of the server may use.
-SHARED = {"caller", "tls", "vocabulary"}
+SHARED = {"caller", "request_scope", "tls", "vocabulary"}
 
 Edge = tuple[Path, str]
 

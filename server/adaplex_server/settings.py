@@ -245,6 +245,18 @@ class ServerSettings(BaseModel):
         Literal["debug", "info", "warning", "error"],
         Field(title="Metrics and logs", description="What is logged, to standard error."),
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Field(title="Metrics and logs", description="Lines for people, or one JSON object a line."),
+    ] = "text"
+    otlp_endpoint: Annotated[
+        str | None,
+        Field(
+            title="Metrics and logs",
+            description="Where traces of requests go, an OpenTelemetry collector such as "
+            "http://localhost:4318/v1/traces; needs adaplex[otel].",
+        ),
+    ] = None
 
     @field_validator("adapter_weights")
     @classmethod

@@ -12,6 +12,7 @@ from adaplex_server.caller import Limits
 from adaplex_server.cli.demo import demo_adapters
 from adaplex_server.engine.settings import EngineSettings
 from adaplex_server.service.access.key_store import KeyStore
+from adaplex_server.service.otel import otlp_tracer
 from adaplex_server.service.settings import ServiceSettings
 from adaplex_server.service.training.settings import TrainingSettings
 from adaplex_server.settings import ServerSettings, weights
@@ -55,6 +56,7 @@ def service_settings(settings: ServerSettings, progress: Callable[[str, float], 
             memory=_plain(settings.training_memory),
             threads=settings.threads,
         ),
+        tracer=otlp_tracer(settings.otlp_endpoint) if settings.otlp_endpoint else None,
         keys=KeyStore(key_file(settings.data_dir)),
         adapter_weights=weights(settings.adapter_weights),
         adapter_limits=Limits(

@@ -7,11 +7,11 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaplex_server.cli.logs import set_up_logs
 from adaplex_server.cli.options import with_settings
 from adaplex_server.cli.progress import StartupProgress
 from adaplex_server.settings import ServerSettings, host_and_port, load_settings
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adaplex_server.service.service import Service
 
 READY_POLL_SECONDS = 0.5
+log = logging.getLogger("adaplex")
 
 
 def _serve(config: Path | None, flags: dict[str, Any]) -> None:
@@ -42,10 +43,7 @@ def _serve(config: Path | None, flags: dict[str, Any]) -> None:
       ADAPLEX_MAX_ROWS=128 adaplex serve --config adaplex.toml
     """
     settings = load_settings(config, os.environ, flags)
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logs(settings.log_level, settings.log_format)
     with asyncio.Runner(loop_factory=_event_loop()) as runner:
         runner.run(run_server(settings))
 
@@ -76,7 +74,8 @@ async def run_server(settings: ServerSettings) -> None:
 
     tls = read_certificate(settings.tls_cert, settings.tls_key)
     http_socket = bind(*host_and_port(settings.http, "http"))
-    with StartupProgress() as progress, contextlib.closing(http_socket):
+    say = log.info if settings.log_format == "json" else None
+    with StartupProgress(say) as progress, contextlib.closing(http_socket):
         built = service_settings(settings, progress.report)
         service = Service(built, progress.report)
         grpc_server = None

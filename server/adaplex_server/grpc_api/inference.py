@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -13,6 +14,7 @@ from adaplex_proto.v1 import adaplex_pb2_grpc as pb_grpc
 from adaplex_server.grpc_api.access import caller_of
 from adaplex_server.grpc_api.errors import streaming, unary
 from adaplex_server.grpc_api.translate import event_message
+from adaplex_server.request_scope import open_scope
 from adaplex_server.service.limits import SamplingRequest
 from adaplex_server.service.service import Service
 
@@ -43,11 +45,14 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Closing the inner generator (the client cancelled, or its deadline passed) cancels the rows at once."""
+        sent = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        request_id = request.request_id or secrets.token_hex(12)
+        open_scope(request_id, sent.get("traceparent", ""), sent.get("tracestate", ""))
         wanted = self._service.request(
             model=request.model,
             prompt=await self._prompt(request),
             sampling=sampling_request(request),
-            request_id=request.request_id or None,
+            request_id=request_id,
             deadline=context.time_remaining(),
             caller=caller_of(context, self._service.gate),
         )

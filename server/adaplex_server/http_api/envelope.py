@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adaplex_adapters.errors import InternalError
 from adaplex_server.http_api.context import RequestContext, open_context
 from adaplex_server.http_api.errors import error_response
+from adaplex_server.request_scope import current_scope
 from adaplex_server.service.access.gate import Gate
 
 _ACCESS = logging.getLogger("adaplex.access")
@@ -58,7 +59,7 @@ def _write_access_line(scope: Scope, context: RequestContext, status: int) -> No
     """One JSON line: control characters are escaped by the encoder; query, headers and bodies are left out."""
     if not _ACCESS.isEnabledFor(logging.INFO):
         return
-    client = scope.get("client")
+    client, named = scope.get("client"), current_scope()
     line = {
         "method": scope["method"],
         "path": scope["path"][:200],
@@ -69,5 +70,6 @@ def _write_access_line(scope: Scope, context: RequestContext, status: int) -> No
         "key": context.caller.key,
         "model": context.model[:100] if context.model else None,
         "outcome": context.outcome,
+        **({"trace_id": named.trace_id} if named is not None and named.trace_id else {}),
     }
-    _ACCESS.info("%s", msgspec.json.encode(line).decode())
+    _ACCESS.info("%s", msgspec.json.encode(line).decode(), extra={"fields": line})

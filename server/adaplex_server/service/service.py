@@ -141,6 +141,8 @@ class Service:
         await self.training.close()
         await self._engine.close()
         await self.registry.close()
+        if self.settings.tracer is not None:
+            await asyncio.to_thread(self.settings.tracer.close)
 
     # ---- text --------------------------------------------------------------------------------------------------------
 
