@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -12,23 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("ray")
 
 import ray
 from ray import serve
 
+from adaplex_adapters.errors import StartupError
 from adaplex_loadtest.random_adapters import write_random_lora
 from adaplex_server.model.config import read_config
 from adaplex_server.model.families import base_shape
-from adaplex_server.ray_serve.application import build_app
+from adaplex_server.ray_serve.application import REPLICA_NAME, application, build_app
 from adaplex_server.ray_serve.shape import RayShape
 from adaplex_server.settings import ServerSettings
 from support.tiny_base import make_base, make_tokenizer
 
 pytestmark = pytest.mark.timeout(240)
+ROOT = Path(__file__).parents[2]
 NAMES = ("one", "two", "three")
 
 
@@ -72,6 +77,9 @@ def free_port() -> int:
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     folder = tmp_path_factory.mktemp("ray")
     base = make_base(folder / "tiny", make_tokenizer())
+    config = json.loads((base / "config.json").read_text())
+    # Room for an answer that nobody could wait for.
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 30000}))
     adapters = folder / "adapters"
     for seed, name in enumerate(NAMES):
         write_adapter(adapters / name, base, seed)
@@ -90,6 +98,19 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def test_the_example_is_an_application() -> None:
+    (example,) = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())["applications"]
+    module, _, name = example["import_path"].partition(":")
+    assert isinstance(getattr(importlib.import_module(module), name)(example["args"]), serve.Application)
+
+
+def test_words_of_a_command_line_become_an_application_and_wrong_ones_are_refused() -> None:
+    assert isinstance(application({"base": "x", "max_rows": "8", "replicas": "2"}), serve.Application)
+    for wrong in ({"bases": "x"}, {"replicas": "none"}, {"tls_cert": "a", "tls_key": "b"}):
+        with pytest.raises(StartupError):
+            application(wrong)
 
 
 def test_each_name_has_an_answer_of_its_own_and_keeps_its_replica(app: App) -> None:
@@ -126,11 +147,12 @@ def test_an_answer_streams(app: App) -> None:
 
 
 def test_a_client_that_leaves_ends_its_row(app: App) -> None:
-    body = {"model": "one", "prompt": "abc", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    body = {"model": "one", "prompt": "abc", "max_tokens": 29000, "ignore_eos": True, "stream": True}
     with app.client.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_raw())
+        pieces = answer.iter_raw()  # kept, as httpx closes the connection with it
+        assert b"text" in next(pieces)
         assert sum(app.running().values()) == 1
-    limit = time.monotonic() + 3
+    limit = time.monotonic() + 5
     while sum(app.running().values()):
         assert time.monotonic() < limit, "the row is still running"
 
@@ -154,3 +176,21 @@ def test_errors_are_those_of_a_replica(app: App) -> None:
     assert app.ask("../one").json()["error"]["code"] == "model_not_found"
     assert app.client.post("/v1/completions", content=b"{").json()["error"]["code"] == "invalid_value"
     assert app.client.get("/ready").json()["status"] == "ok"
+
+
+def test_a_replica_that_dies_is_replaced_and_others_go_on(app: App) -> None:
+    alone = {name: app.tokens(name) for name in ("tiny", *NAMES)}
+    before = set(app.running())
+    processes = psutil.Process().children(recursive=True)
+    victim = next(one for one in processes if one.name().startswith("ray::") and REPLICA_NAME in one.cmdline()[0])
+    victim.kill()
+    limit = time.monotonic() + 60
+    while True:  # requests under way at the dead one are lost; later ones are not
+        answers = {name: app.ask(name) for name in alone}
+        if all(answer.status_code == 200 for answer in answers.values()):
+            break
+        assert time.monotonic() < limit, {name: answer.text for name, answer in answers.items()}
+    assert {name: answer.json()["choices"][0]["token_ids"] for name, answer in answers.items()} == alone
+    while len(before | set(app.running())) < 3:
+        assert time.monotonic() < limit, "no replica took the dead one's place"
+        time.sleep(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from adaplex_adapters.errors import AdaplexError, InvalidRequest, NotFound
+from adaplex_adapters.errors import AdaplexError, InvalidRequest, NotFound, Unavailable
 from adaplex_server.http_api.body import limited_body
 from adaplex_server.http_api.errors import error_response
 from adaplex_server.http_api.settings import HttpSettings
@@ -18,6 +19,8 @@ from adaplex_server.ray_serve.forwarded import Forwarded
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
+
+_LOG = logging.getLogger(__name__)
 
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 READ = ("/v1/models", "/v1/adapters", "/health", "/ready", "/version", "/openapi.json")
@@ -80,9 +83,19 @@ class _Relay(Response):
         self._messages = messages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from ray.exceptions import RayError  # here, so that the module can be had without Ray
+
+        started = False
         try:
             async for message in _each(self._messages):
+                started = True
                 await send(message)
+        except RayError as error:
+            if started:  # the first byte has gone: breaking the connection is the only honest end
+                raise
+            _LOG.warning("a replica was lost before it answered: %r", error)
+            lost = Unavailable("the server that was to answer is gone; try again", retry_after=1.0)
+            await error_response(lost)(scope, receive, send)
         finally:
             self._messages.cancel()
 
