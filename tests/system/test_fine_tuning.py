@@ -89,6 +89,7 @@ def test_from_a_file_to_chatting_with_the_new_model(base: Path, tmp_path: Path) 
         assert answer.model == "successor"
         told = httpx.get(f"{server.http}/v1/adapters/successor").json()
         assert (told["source"], told["revision"]) == ("trainer", job.revision)
+        assert told["origin"]["job"] == job.id and len(told["origin"]["training_file_sha256"]) == 64
 
 
 def test_bad_data_is_refused_with_its_line(base: Path, tmp_path: Path) -> None:

@@ -11,11 +11,19 @@ from adaplex_adapters.names import check_name
 from adaplex_server.http_api.body import read_model
 from adaplex_server.http_api.context import context_of
 from adaplex_server.http_api.operation import Operation, json_response
-from adaplex_server.http_api.schemas.inventory import Adapter, AdapterDeleted, AdapterList, AdapterPart, ComposeRequest
+from adaplex_server.http_api.schemas.inventory import (
+    Adapter,
+    AdapterDeleted,
+    AdapterList,
+    AdapterOrigin,
+    AdapterPart,
+    ComposeRequest,
+)
 from adaplex_server.http_api.settings import HttpSettings
 from adaplex_server.http_api.upload import receive_upload
 from adaplex_server.service.composed_name import NamedPart
 from adaplex_server.service.service import Service
+from adaplex_server.service.training.types import Origin
 from adaplex_server.service.types import AdapterInfo
 
 _CREATE: dict[str, Any] = {
@@ -89,7 +97,9 @@ class Adapters:
 
     async def describe(self, request: Request) -> Response:
         """One of them."""
-        return json_response(_told(self._service.registry.describe(self._name(request))))
+        info = self._service.registry.describe(self._name(request))
+        origin = self._service.training.origin(info.revision) if info.source == "trainer" else None
+        return json_response(_told(info, origin))
 
     async def create(self, request: Request) -> Response:
         """Answered when the adapter is proved and durable. Once all bytes are here, the client may leave."""
@@ -132,7 +142,7 @@ class Adapters:
         return name
 
 
-def _told(info: AdapterInfo) -> Adapter:
+def _told(info: AdapterInfo, origin: Origin | None = None) -> Adapter:
     return Adapter(
         name=info.name,
         revision=info.revision,
@@ -150,4 +160,5 @@ def _told(info: AdapterInfo) -> Adapter:
         virtual_tokens=info.virtual_tokens,
         bottleneck_size=info.bottleneck_size,
         parts=[AdapterPart(part.name, part.weight, part.revision) for part in info.parts],
+        origin=None if origin is None else AdapterOrigin(origin.job, origin.file, origin.file_digest, origin.base),
     )

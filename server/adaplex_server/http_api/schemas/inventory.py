@@ -70,10 +70,19 @@ class AdapterPart(Struct, frozen=True):
     revision: str
 
 
+class AdapterOrigin(Struct, frozen=True):
+    """The fine-tuning job that made an adapter, the file that it learned from, and the base that it was made for."""
+
+    job: str
+    training_file: str
+    training_file_sha256: str | None
+    base: str
+
+
 class Adapter(Struct, frozen=True):
     """A registered adapter. size: bytes as stored. running: rows in the engine now. reason: why it is not served.
     virtual_tokens: of a soft prompt or prefix; they count towards the context. bottleneck_size: width of bottlenecks.
-    parts: what a composition was made of.
+    parts: what a composition was made of. origin: of one that was trained here, told where one adapter is described.
     """
 
     name: str
@@ -92,6 +101,7 @@ class Adapter(Struct, frozen=True):
     virtual_tokens: int = 0
     bottleneck_size: int = 0
     parts: list[AdapterPart] = []
+    origin: AdapterOrigin | None = None
     object: Literal["adapter"] = "adapter"
 
 

@@ -17,7 +17,7 @@ from adaplex_server.service.training.job_store import JobStore
 from adaplex_server.service.training.ledger import Ledger
 from adaplex_server.service.training.runner import JobRunner, Register
 from adaplex_server.service.training.settings import TrainingSettings
-from adaplex_server.service.training.types import ENDED, Job, JobEvent, word
+from adaplex_server.service.training.types import ENDED, Job, JobEvent, Origin, word
 
 _MOST_WAITING = 1000
 
@@ -59,6 +59,15 @@ class FineTuning:
     def files(self) -> FileStore:
         """Raises Unavailable while the server starts."""
         return self._parts()[0].files
+
+    def origin(self, revision: str) -> Origin | None:
+        """Of an adapter that a job here has made."""
+        rows = self.rows
+        job = next((one for one in rows.jobs() if one.revision == revision), None)
+        if job is None:
+            return None
+        files = {file.id: file.digest for file in rows.files()}
+        return Origin(job.id, job.base, job.training_file, files.get(job.training_file))
 
     def watch(self, job_id: str) -> AsyncIterator[JobEvent]:
         """Every event of a job, those to come included, until it has ended or is paused. Raises NotFound."""

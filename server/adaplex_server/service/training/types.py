@@ -66,6 +66,16 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a trained adapter comes from. file_digest: SHA-256 of the training file, None once that is deleted."""
+
+    job: str
+    base: str
+    file: str
+    file_digest: str | None
+
+
+@dataclass(frozen=True)
 class Told:
     """What is to be told of a job. kind: "message" or "metrics" (then data holds step, loss, ...)."""
 
