@@ -57,7 +57,7 @@ async def soak(target: Target, traffic: Traffic, churn: Churn | None, plan: Plan
     while time.monotonic() < began + plan.seconds:
         killing = bool(plan.kill_every) and rounds % plan.kill_every == plan.kill_every - 1
         arrivals = replace(traffic, seed=traffic.seed + rounds)
-        answered = await _round(target, arrivals, churn, plan, killing)
+        answered = await _round(replace(target, seed=target.seed + rounds), arrivals, churn, plan, killing)
         kills += killing
         rounds += 1
         asked += len(answered)
