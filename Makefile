@@ -22,6 +22,8 @@ check: $(VENV)/.dev ## Formatting, lint and types
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev ## All CPU tests
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null \
+	  || echo "Without Prometheus (Debian: apt-get install prometheus) the tests of the dashboards are skipped"
 	$(BIN)/python -m pytest $(ARGS)
 
 format: $(VENV)/.dev ## Format the sources

@@ -8,14 +8,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from monitoring import MISSING, PROMETHEUS, PROMTOOL, Prometheus, alerts, panels, prometheus
+from monitoring import DEPLOY, MISSING, PROMETHEUS, PROMTOOL, Prometheus, alerts, panels, prometheus
 from running_server import RunningServer, free_port, running_server
 from safetensors.torch import save_file
 
@@ -29,10 +31,36 @@ SETTINGS = (
 )
 
 
+PROMPT = "a prompt that begins like all the others, so that its pages are found"
+
+
 @dataclass(frozen=True)
 class Monitored:
+    """traces: what a collector was sent."""
+
     server: RunningServer
     prometheus: Prometheus
+    traces: list[bytes]
+
+
+@contextmanager
+def collector() -> Iterator[tuple[str, list[bytes]]]:
+    """An OpenTelemetry collector that keeps what comes: its address, and that."""
+    came: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            came.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{made.server_port}/v1/traces", came
+        made.shutdown()
 
 
 def write_adapter(folder: Path, seed: int) -> None:
@@ -70,7 +98,7 @@ def load(http: str, stopped: threading.Event) -> None:
     while not stopped.is_set():
         turn += 1
         for model in ("tiny", "north", "south", "nobody"):
-            ask(http, model, "a prompt that begins like all the others, so that its pages are found " + str(turn))
+            ask(http, model, f"{PROMPT} {turn}")
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +108,18 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     for seed, name in enumerate(("north", "south")):
         write_adapter(folder / "adapters" / name, seed)
     stopped = threading.Event()
-    with running_server(folder, "--base", str(base), "--adapters", str(folder / "adapters"), *SETTINGS) as server:
+    with ExitStack() as stack:
+        address, traces = stack.enter_context(collector())
+        folders = ("--base", str(base), "--adapters", str(folder / "adapters"))
+        watched = ("--log-format", "json", "--otlp-endpoint", address)
+        server = stack.enter_context(running_server(folder, *folders, *watched, *SETTINGS))
         train(server.http)
         clients = [threading.Thread(target=load, args=(server.http, stopped)) for _ in range(4)]
         for client in clients:
             client.start()
         try:
             with prometheus(folder, free_port(), server.http.removeprefix("http://")) as made:
-                yield Monitored(server, made)
+                yield Monitored(server, made, traces)
         finally:
             stopped.set()
             for client in clients:
@@ -128,3 +160,25 @@ def test_promtool_finds_nothing_wrong_with_a_scrape(monitored: Monitored) -> Non
     checked = subprocess.run([PROMTOOL, "check", "metrics"], input=body, capture_output=True)
     complaints = (checked.stdout + checked.stderr).decode().splitlines()
     assert not [line for line in complaints if not line.startswith("vllm:")]
+
+
+def test_lines_of_the_log_are_objects_with_trace_ids_and_no_prompts(monitored: Monitored) -> None:
+    log = monitored.server.log.read_text()
+    # gRPC's C library has a line of its own, in its own form.
+    lines = [json.loads(line) for line in log.splitlines() if not re.match(r"[IWE]\d{4} ", line)]
+    served = [line for line in lines if line.get("path") == "/v1/completions" and line["status"] == 200]
+    assert served and all(re.fullmatch("[0-9a-f]{32}", line["trace_id"]) for line in served)
+    assert PROMPT not in log
+
+
+def test_a_collector_gets_spans_without_prompts(monitored: Monitored) -> None:
+    came = b"".join(monitored.traces)
+    for name in (b"generate north", b"queue", b"prefill", b"decode"):
+        assert name in came
+    assert PROMPT.encode() not in came
+
+
+def test_every_metric_is_in_the_document(monitored: Monitored) -> None:
+    told = set(re.findall(r"^# TYPE (\S+)", httpx.get(f"{monitored.server.http}/metrics").text, re.M))
+    written = set(re.findall(r"^\| `(\S+)` \|", (DEPLOY.parent / "docs" / "observability.md").read_text(), re.M))
+    assert told == written
