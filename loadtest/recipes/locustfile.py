@@ -11,7 +11,7 @@ import random
 import time
 
 import orjson
-from locust import FastHttpUser, between, events, task
+from locust import FastHttpUser, between, events, task  # type: ignore[import-not-found]
 
 OUTPUT_TOKENS = 64
 PROMPT = "Write a long story about a lighthouse keeper, a storm and a ship that came home."
