@@ -19,7 +19,7 @@ from adaplex_server.engine.engine import Engine
 from adaplex_server.engine.executor import Executor
 from adaplex_server.engine.host_adapters import AdapterRead
 from adaplex_server.engine.memory import MemoryPlan
-from adaplex_server.engine.messages import AdapterMoved, RowEnd, RowToken, StepDone
+from adaplex_server.engine.messages import AdapterMoved, RowEnd, RowToken, StepDone, StepFigures
 from adaplex_server.engine.parts import Parts, connect
 from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.settings import EngineSettings
@@ -164,6 +164,7 @@ class World:
     ends: dict[int, list[RowEnd]] = field(default_factory=dict)
     other: list[msgspec.Struct] = field(default_factory=list)
     moves: list[AdapterMoved] = field(default_factory=list)
+    figures: list[StepFigures] = field(default_factory=list)
 
     def step(self) -> bool:
         """Handle what has come, make a step, audit everything, and sort what was sent."""
@@ -172,6 +173,7 @@ class World:
         self.parts.check_integrity()
         for message in self.sent:
             if isinstance(message, StepDone):
+                self.figures += [message.figures] if message.figures is not None else []
                 for token in message.tokens:
                     assert token.row not in self.ends, "a token after the end of its row"
                     self.tokens.setdefault(token.row, []).append(token)
