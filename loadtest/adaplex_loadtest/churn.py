@@ -67,7 +67,8 @@ class Churn:
         parts = [("files", (file, (self._folders[name] / file).read_bytes())) for file in FILES]
         if self._rng.random() < 0.5:
             config = json.loads(parts[0][1][1])
-            config["lora_dropout"] = next(self._numbers) / 1e6
+            if "lora_dropout" in config:  # other kinds are loaded again as they are
+                config["lora_dropout"] = next(self._numbers) / 1e6
             parts[0] = ("files", (FILES[0], json.dumps(config).encode()))
         answer = await client.post(f"{self._url}/v1/adapters", data={"name": f"churn-{name}"}, files=parts)
         self.done["uploads" if answer.is_success else f"upload HTTP {answer.status_code}"] += 1
