@@ -16,8 +16,9 @@ from adaplex_adapters.reader import read_unfitted
 from adaplex_adapters.training.recipe import Recipe, make_rows
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = ("itn-en", "date-iso", "tsql-postgres")
-TASKS = (*NAMES, "cron", "past-tense", "language-id", "spelling-to-sound")
+LORAS = ("itn-en", "date-iso", "tsql-postgres")
+NAMES = (*LORAS, "past-tense")
+TASKS = (*LORAS, "cron", "past-tense", "language-id", "spelling-to-sound")
 MAX_BYTES = 6_000_000
 
 
@@ -49,7 +50,10 @@ def test_adapters_are_small_valid_and_say_nothing_of_the_machine(recipe: Recipe)
     folder = EXAMPLES / recipe.name / "adapter"
     adapter = read_unfitted(folder)
     assert adapter.spec.base_model == "smollm2-135m-instruct"
-    assert adapter.spec.rank == 8 and len(adapter.modules) == 210
+    if recipe.name in LORAS:
+        assert adapter.spec.rank == 8 and len(adapter.modules) == 210
+    else:
+        assert adapter.spec.kind == recipe.options.method and adapter.spec.parameters > 10_000
     assert sum(p.stat().st_size for p in folder.iterdir()) < MAX_BYTES
     assert "/" not in (folder / "adapter_config.json").read_text()
 
@@ -123,11 +127,12 @@ def test_the_adapter_answers_where_the_base_does_not(recipe: Recipe) -> None:
     rows = make_rows(recipe)[1][-6:]
     base = load_frozen_base(ensure_embedded(None), NAME)
     assert evaluate_local(base, rows[:3]).matched <= 1
-    assert evaluate_local(load_with_adapter(base, EXAMPLES / recipe.name / "adapter"), rows).matched >= 5
+    expected = 5 if recipe.name in LORAS else 3  # the others score .7 and more
+    assert evaluate_local(load_with_adapter(base, EXAMPLES / recipe.name / "adapter"), rows).matched >= expected
 
 
 def test_readmes_tell_the_scores(recipe: Recipe) -> None:
     text = (EXAMPLES / recipe.name / "README.md").read_text(encoding="utf-8")
     assert recipe.instruction in text and "recipe.py" in text and "held-out" in text
     config = json.loads((EXAMPLES / recipe.name / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == recipe.options.rank
+    assert recipe.name not in LORAS or config["r"] == recipe.options.rank
