@@ -10,6 +10,7 @@ from adaplex_adapters.errors import AdaplexError
 from adaplex_server.http_api.adapters import Adapters
 from adaplex_server.http_api.chat import ChatCompletions
 from adaplex_server.http_api.completions import Completions
+from adaplex_server.http_api.console.page import Console
 from adaplex_server.http_api.envelope import Envelope
 from adaplex_server.http_api.errors import answer_adaplex_error, answer_routing_error
 from adaplex_server.http_api.files import Files
@@ -44,5 +45,6 @@ def all_operations(service: Service, settings: HttpSettings) -> tuple[Operation,
         *FineTuningJobs(service, settings).operations(),
         *LegacyLora(service, settings).operations(),
         *Status(service).operations(),
+        *Console().operations(),
     )
     return (*operations, *Document(operations).operations())

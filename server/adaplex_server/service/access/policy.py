@@ -35,6 +35,8 @@ POLICY: Mapping[str, Need] = {
     "GET /v1/fine_tuning/jobs/{job_id}/events": "train",
     "GET /v1/fine_tuning/jobs/{job_id}/checkpoints": "train",
     "GET /metrics": "observe",
+    "GET /": "nothing",
+    "GET /console/{asset}": "nothing",
     "GET /health": "nothing",
     "GET /ready": "nothing",
     "GET /version": "nothing",

@@ -1,0 +1,1 @@
+"""The console: a page at / that uses the public API and nothing else."""
