@@ -167,7 +167,7 @@ class ServerSettings(BaseModel):
             description="A request that would wait for longer than this before it begins gets 429 at once, so that "
             "those that wait are answered in time when more come than can be served; 0 for no such limit.",
         ),
-    ] = 10.0
+    ] = 60.0
     adapter_weights: Annotated[
         str,
         Field(

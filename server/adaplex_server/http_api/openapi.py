@@ -17,7 +17,6 @@ from starlette.responses import Response
 from adaplex_server.http_api.errors import ErrorAnswer
 from adaplex_server.http_api.operation import Operation
 from adaplex_server.http_api.time_limit import DESCRIPTION, HEADER
-from adaplex_server.http_api.time_limit import DESCRIPTION, HEADER
 
 _REF = "#/components/schemas/{}"
 _PHRASES = {

@@ -136,13 +136,18 @@ def scale_and_bias(
     x, token, live, n, n_mask, scale_ptr, scale_index_ptr, bias_ptr, N: tl.constexpr, SCALED: tl.constexpr,
     BIAS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """x [T, BLOCK] times each token's vector, if it has one, plus bias, both at columns n [1, BLOCK]."""
+    """x [T, BLOCK] times each token's factors, if it has some, plus bias times the bias's; at columns n [1, BLOCK]."""
     if SCALED:
         index = tl.load(scale_index_ptr + token, mask=live, other=-1)
         where = scale_ptr + index.to(tl.int64)[:, None] * N + n
-        x *= tl.load(where, mask=n_mask & (index >= 0)[:, None], other=1.0)
+        own = n_mask & (index >= 0)[:, None]
+        x *= tl.load(where, mask=own, other=1.0).to(tl.float32) + tl.load(where + N, mask=own, other=0.0).to(tl.float32)
     if BIAS:
-        x += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
+        if SCALED:
+            factor = tl.load(where + 2 * N, mask=own, other=1.0).to(tl.float32)
+            bias *= factor + tl.load(where + 3 * N, mask=own, other=0.0).to(tl.float32)
+        x += bias
     return x
 
 

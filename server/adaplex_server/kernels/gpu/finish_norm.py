@@ -47,7 +47,8 @@ def finish_add_norm(
         N=n, SPLITS=splits, Y_BIAS=y.bias is not None, SCALED=scale is not None, LORA=found is not None,
         STATIC=found is not None and found.tiles.max_pages <= STATIC_PAGES,
         RANK_PAGE=found.page_rows if found is not None else 1, SEGMENTS=found.h.shape[0] if found is not None else 1,
-        CENTER=center, BIAS=bias is not None, BLOCK=block, num_warps=min(16, max(1, block // 256)), **dependent(), **unfused(),
+        CENTER=center, BIAS=bias is not None, BLOCK=block, num_warps=min(16, max(1, block // 256)), **dependent(),
+        **unfused(),
     )  # fmt: skip
     return total, out
 
