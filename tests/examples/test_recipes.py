@@ -17,7 +17,7 @@ from adaplex_adapters.training.recipe import Recipe, make_rows
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LORAS = ("itn-en", "date-iso", "tsql-postgres")
-NAMES = (*LORAS, "past-tense")
+NAMES = (*LORAS, "past-tense", "language-id")
 TASKS = (*LORAS, "cron", "past-tense", "language-id", "spelling-to-sound")
 MAX_BYTES = 6_000_000
 

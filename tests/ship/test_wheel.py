@@ -38,7 +38,7 @@ def test_every_file_of_the_packages_is_in_it(names: set[str]) -> None:
 def test_what_only_runs_from_files_is_in_it(names: set[str]) -> None:
     assert {f"adaplex_server/kernels/cuda/{name}" for name in ("linear4.cu", "linear16.cu", "hopper.cuh")} <= names
     assert {"adaplex_proto/v1/adaplex.proto", "adaplex_server/py.typed", "adaplex_adapters/py.typed"} <= names
-    for adapter in ("date-iso", "itn-en", "past-tense", "tsql-postgres"):
+    for adapter in ("date-iso", "itn-en", "language-id", "past-tense", "tsql-postgres"):
         kept = {f"adaplex_server/demo/{adapter}/{f}" for f in ("adapter_config.json", "adapter_model.safetensors")}
         assert kept <= names
 
@@ -87,4 +87,4 @@ def test_it_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
         "print(adaplex_server.__file__, *demo_adapters())",
     ).split()
     assert Path(seen[0]).is_relative_to(site)
-    assert seen[1:] == ["date-iso", "itn-en", "past-tense", "tsql-postgres"]
+    assert seen[1:] == ["date-iso", "itn-en", "language-id", "past-tense", "tsql-postgres"]

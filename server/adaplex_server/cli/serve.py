@@ -29,7 +29,7 @@ def _serve(config: Path | None, flags: dict[str, Any]) -> None:
     """Serve a base model and its adapters over HTTP (OpenAI's API) and gRPC.
 
     Without options it serves the embedded SmolLM2-135M-Instruct, quantized to NF4 once into the cache folder, with
-    three demo adapters, on 127.0.0.1:8000 (HTTP) and 127.0.0.1:50051 (gRPC).
+    five demo adapters, on 127.0.0.1:8000 (HTTP) and 127.0.0.1:50051 (gRPC).
 
     Every option is also a key of the TOML file and an environment variable; the command line wins over the environment,
     and the environment over the file.

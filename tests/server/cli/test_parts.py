@@ -26,7 +26,7 @@ def test_the_demo_is_served_only_where_nothing_else_was_asked_for(tmp_path: Path
 
 
 def test_the_demo_adapters_of_the_checkout_are_found() -> None:
-    assert set(demo_adapters()) == {"date-iso", "itn-en", "past-tense", "tsql-postgres"}
+    assert set(demo_adapters()) == {"date-iso", "itn-en", "language-id", "past-tense", "tsql-postgres"}
 
 
 def test_a_chat_template_is_read_from_its_file(tmp_path: Path) -> None:
