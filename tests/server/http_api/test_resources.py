@@ -207,7 +207,6 @@ def test_metrics_and_version(http: Any) -> None:
 
 def test_unknown_routes_and_methods(http: Any) -> None:
     for method, path, status in (
-        ("GET", "/", 404),
         ("GET", "/v1", 404),
         ("POST", "/v1/embeddings", 404),
         ("GET", "/v1/chat/completions", 405),

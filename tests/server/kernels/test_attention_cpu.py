@@ -38,9 +38,10 @@ def outputs(
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("window", [None, 20, 150])
-@pytest.mark.parametrize(("kv_heads", "heads"), [(3, 9), (2, 2), (1, 8)])
+@pytest.mark.parametrize(
+    ("kv_heads", "heads", "window", "threads"),
+    [(*heads, window, 1) for heads in ((3, 9), (2, 2), (1, 8)) for window in (None, 20, 150)] + [(3, 9, None, 2)],
+)
 def test_chunks_and_neighbours_change_no_bit(kv_heads: int, heads: int, window: int | None, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
