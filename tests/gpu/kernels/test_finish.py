@@ -111,12 +111,21 @@ def test_finish(
     assert torch.equal(scaled[case.index < 0], got[case.index < 0])
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    ("gated", "spans"),
+    [(True, ((0, 40), (40, 80))), (True, ((0, 80),)), (False, ((0, 80),))],
+    ids=["gated", "gated, one target", "plain"],
+)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_activation(
-    gated: bool, activation: str, dtype: torch.dtype, device: torch.device, check: Callable[..., None]
+    gated: bool,
+    spans: tuple[tuple[int, int], ...],
+    activation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    check: Callable[..., None],
 ) -> None:
-    case = Case(((0, 40), (40, 80)) if gated else ((0, 80),), dtype, device, 2)
+    case = Case(spans, dtype, device, 2)
 
     def run(y: Unfinished, _: slice) -> torch.Tensor:
         return finish_activation(y, activation, gated)
@@ -142,9 +151,17 @@ def test_norm(center: bool, dtype: torch.dtype, device: torch.device, check: Cal
     case.alone(run, got)
 
 
-@pytest.mark.parametrize("with_norm", [False, True])
-def test_rotary(with_norm: bool, dtype: torch.dtype, device: torch.device, check: Callable[..., None]) -> None:
-    case = Case(QKV, dtype, device, 2)
+@pytest.mark.parametrize(
+    ("with_norm", "spans"), [(False, QKV), (True, QKV), (False, ((0, 160),))], ids=["plain", "norm", "one target"]
+)
+def test_rotary(
+    with_norm: bool,
+    spans: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    check: Callable[..., None],
+) -> None:
+    case = Case(spans, dtype, device, 2)
     angles = torch.arange(64, device=device)[:, None] * torch.rand(DIM // 2, device=device)
     cos, sin = angles.cos(), angles.sin()
     positions = torch.randint(0, 64, (case.tokens,), device=device)

@@ -329,9 +329,11 @@ def _finish(
         token = tl.load(order_ptr + begin + t, mask=live, other=0)
         own_pages = pages_ptr + tl.maximum(slot, 0) * pages_stride
         pages = tl.load(page_count_ptr + slot, mask=slot >= 0, other=0)
-        SECOND: tl.constexpr = 1 if MODE == _GATED else 0
-        scaling0 = tl.load(scaling_ptr + slot * LORA_TARGETS + target, mask=slot >= 0, other=0.0)
-        scaling1 = tl.load(scaling_ptr + slot * LORA_TARGETS + target + SECOND, mask=slot >= 0, other=0.0)
+        # A fused linear that adapters target as a whole has one target, whatever its columns are for.
+        SECOND: tl.constexpr = LORA_TARGETS - 1 if MODE == _GATED else 0
+        own = tl.minimum(target, LORA_TARGETS - 1)
+        scaling0 = tl.load(scaling_ptr + slot * LORA_TARGETS + own, mask=slot >= 0, other=0.0)
+        scaling1 = tl.load(scaling_ptr + slot * LORA_TARGETS + own + SECOND, mask=slot >= 0, other=0.0)
         if STATIC:
             b00 = page_rows(b_ptr, own_pages, 0, pages, n0, n0_mask, N, RANK_PAGE)
             b10 = page_rows(b_ptr, own_pages, 0, pages, n1, n1_mask, N, RANK_PAGE)
@@ -348,7 +350,7 @@ def _finish(
         if pages > 0:
             d0 = tl.zeros((TOKENS, BLOCK), tl.float32)
             d1 = tl.zeros((TOKENS, BLOCK), tl.float32)
-            h = h_ptr + token.to(tl.int64) * h_rows + target
+            h = h_ptr + token.to(tl.int64) * h_rows + own
             part = tokens * h_rows
             PAGE: tl.constexpr = RANK_PAGE * LORA_TARGETS
             if STATIC:
