@@ -161,10 +161,6 @@ class Adapter:
             yield f"base weight of {path}", self.base_copies[path]
 
 
-LoraAdapter = Adapter
-"""The name that it had when LoRA was the only kind; to be taken out once nothing imports it."""
-
-
 def draft(kind: str, base_model: str) -> AdapterSpec:
     """The spec of an adapter whose content is still to be described (by `identity.described`)."""
     return AdapterSpec("", kind, 0, (), 0, 0, base_model)

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from adaplex_adapters.errors import StartupError
-from adaplex_adapters.spec import LoraAdapter
+from adaplex_adapters.spec import Adapter
 from adaplex_adapters.store import AdapterStore
 from adaplex_server.engine.adapter_source import AdapterSource
 from adaplex_server.engine.base_source import obtain_base
@@ -65,7 +65,7 @@ def start_engine(settings: EngineSettings, inbox: Inbox, send: Send) -> tuple[En
 def assemble(
     settings: EngineSettings,
     base: Base,
-    read: Callable[[str], LoraAdapter],
+    read: Callable[[str], Adapter],
     inbox: Inbox,
     send: Send,
     images: ImageFiles | None = None,

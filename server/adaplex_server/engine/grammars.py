@@ -1,6 +1,7 @@
 """Makes the grammars of rows, off the thread that makes the steps. Owns the compiled ones, and the rows that wait.
 
-A row with a constraint comes to the scheduler only with its guide, so that no step waits for a grammar.
+A row with a constraint comes to the scheduler only with its guide, so that no step waits for a grammar. The library is
+imported with the first grammar: an engine without any, as in a benchmark, does not need it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from typing import TYPE_CHECKING
 
 from adaplex_adapters.errors import AdaplexError, InternalError, InvalidRequest
 from adaplex_server.bases.tokenizer import load_tokenizer
-from adaplex_server.engine.grammar import build_matcher
 from adaplex_server.engine.guide import Guide
 from adaplex_server.engine.messages import Submit
 from adaplex_server.vocabulary import Constraint
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 _KEPT = 128
 """Compiled grammars kept for the next row that wants them."""
@@ -65,6 +67,8 @@ class Grammars:
 
     def guide(self, constraint: Constraint) -> Guide:
         """A guide at the grammar's beginning. Raises InvalidRequest. May be called from any thread."""
+        from adaplex_server.engine.grammar import build_matcher
+
         with self._lock:
             found = self._kept.get(constraint)
             if found is not None:
@@ -91,6 +95,8 @@ class Grammars:
         if self._tokenizer is None or self._workers is None:
             if not self._eos:
                 raise InvalidRequest("this base has no end token, which an answer with a constraint needs")
+            from llguidance import LLExecutor, LLTokenizer
+
             described = load_tokenizer(self._folder).backend_tokenizer.to_str()
             self._tokenizer = LLTokenizer(described, n_vocab=self._vocab_size, eos_token=self._eos)
             self._workers = LLExecutor(min(_MASK_THREADS, len(os.sched_getaffinity(0))))

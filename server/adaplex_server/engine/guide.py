@@ -7,9 +7,12 @@ chosen: a token that a preempted or ended row never got is never seen, and nothi
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
 
 _UNFULFILLED = "the answer cannot keep to its constraint: {}; simplify the constraint"
 

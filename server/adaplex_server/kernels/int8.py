@@ -59,7 +59,7 @@ class Int8Weight:
 def quantize_absmax(weight: torch.Tensor) -> Int8Weight:
     """weight: [N, K] floating point, on any device. A row of zeros stays one."""
     wide = weight.float()
-    scales = wide.abs().amax(1, keepdim=True).div_(127)
+    scales = _quotient(wide.abs().amax(1, keepdim=True), 127)
     codes = (wide / scales.clamp(min=1e-38)).round_().clamp_(-127, 127).to(torch.int8)
     return Int8Weight(weight.shape[1], codes, scales, None)
 
@@ -68,10 +68,15 @@ def quantize_zeropoint(weight: torch.Tensor) -> Int8Weight:
     """weight: [N, K] floating point, on any device."""
     wide = weight.float()
     low, high = wide.amin(1, keepdim=True).clamp_(max=0), wide.amax(1, keepdim=True).clamp_(min=0)
-    scales = ((high - low) / 255).clamp_(min=1e-38)
+    scales = _quotient(high - low, 255).clamp_(min=1e-38)
     zeros = (-128 - low / scales).round_()
     codes = (wide / scales).add_(zeros).round_().clamp_(-128, 127).to(torch.int8)
     return Int8Weight(weight.shape[1], codes, scales, zeros.to(torch.int16))
+
+
+def _quotient(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Rounded once: on a GPU a number as divisor becomes its reciprocal, which is another number than on a CPU."""
+    return values / torch.full_like(values, divisor)
 
 
 def fuse(weights: Sequence[Int8Weight]) -> Int8Weight | None:

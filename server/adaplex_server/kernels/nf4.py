@@ -169,7 +169,8 @@ def nest_absmax(absmax: torch.Tensor, rows: int) -> NestedAbsmax:
     """Double quantization of the absmax [rows * B] of one weight: the mean taken off, then groups of 256 in eight
     bits.
     """
-    offset = absmax.mean()
+    # On the CPU for every device: the order of the sum decides the last bit, and with it the base's values.
+    offset = absmax.cpu().mean().to(absmax.device)
     codes, scales = quantize_dynamic8(absmax - offset)
     return nested(codes.view(rows, -1), dynamic_code(absmax.device), scales, offset)
 

@@ -9,6 +9,7 @@ import torch
 
 from adaplex_server.kernels import gptq
 from adaplex_server.model.formats.packed4 import dequantize_exact
+from adaplex_server.model.formats.whole import WholeLinear
 from adaplex_server.model.linear import Linear
 
 if TYPE_CHECKING:
@@ -16,28 +17,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GptqLinear:
-    """Multiplies with `kernels.gptq.linear`: the weight is expanded for each call. bias: [out_features] or None."""
-
-    weight: gptq.GptqWeight
-    bias: torch.Tensor | None = None
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.out_features
+class GptqLinear(WholeLinear[gptq.GptqWeight]):
+    """Multiplies with `kernels.gptq.linear`: the weight is expanded for each call."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return gptq.linear(x, self.weight, self.bias)
 
     def dequantized(self) -> torch.Tensor:
         return gptq.dequantize(self.weight)
-
-    def nbytes(self) -> int:
-        return self.weight.nbytes() + (self.bias.nbytes if self.bias is not None else 0)
 
 
 @dataclass(frozen=True)

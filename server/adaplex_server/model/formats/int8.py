@@ -11,22 +11,12 @@ import torch
 from adaplex_adapters.errors import StartupError
 from adaplex_server.kernels import int8, llm_int8
 from adaplex_server.model.checkpoint import Checkpoint
+from adaplex_server.model.formats.whole import WholeLinear
 
 
 @dataclass(frozen=True)
-class Int8Linear:
-    """Multiplies with `kernels.int8.linear`. bias: [out_features] or None."""
-
-    weight: int8.Int8Weight
-    bias: torch.Tensor | None = None
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.out_features
+class Int8Linear(WholeLinear[int8.Int8Weight]):
+    """Multiplies with `kernels.int8.linear`."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return int8.linear(x, self.weight, self.bias)
@@ -34,33 +24,16 @@ class Int8Linear:
     def dequantized(self) -> torch.Tensor:
         return int8.dequantize(self.weight)
 
-    def nbytes(self) -> int:
-        return self.weight.nbytes() + (self.bias.nbytes if self.bias is not None else 0)
-
 
 @dataclass(frozen=True)
-class LlmInt8Linear:
-    """Multiplies with `kernels.llm_int8.linear`, which quantizes activations too. bias: [out_features] or None."""
-
-    weight: llm_int8.LlmInt8Weight
-    bias: torch.Tensor | None = None
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.out_features
+class LlmInt8Linear(WholeLinear[llm_int8.LlmInt8Weight]):
+    """Multiplies with `kernels.llm_int8.linear`, which quantizes activations too."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return llm_int8.linear(x, self.weight, self.bias)
 
     def dequantized(self) -> torch.Tensor:
         return llm_int8.dequantize(self.weight)
-
-    def nbytes(self) -> int:
-        return self.weight.nbytes() + (self.bias.nbytes if self.bias is not None else 0)
 
 
 def is_llm_int8(checkpoint: Checkpoint, path: str) -> bool:

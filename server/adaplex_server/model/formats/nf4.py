@@ -18,6 +18,7 @@ from adaplex_server.kernels.blockwise8 import GROUP
 from adaplex_server.model.checkpoint import Checkpoint
 from adaplex_server.model.formats.packed4 import dequantize_exact
 from adaplex_server.model.formats.quantization import BLOCKS
+from adaplex_server.model.formats.whole import WholeLinear
 from adaplex_server.model.linear import Linear
 
 if TYPE_CHECKING:
@@ -27,28 +28,14 @@ STATES: Mapping[str, nf4.Kind] = {"quant_state.bitsandbytes__nf4": "nf4", "quant
 
 
 @dataclass(frozen=True)
-class Nf4Linear:
-    """Multiplies with `kernels.nf4.linear`. bias: [out_features] or None."""
-
-    weight: nf4.Nf4Weight
-    bias: torch.Tensor | None = None
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.out_features
+class Nf4Linear(WholeLinear[nf4.Nf4Weight]):
+    """Multiplies with `kernels.nf4.linear`."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return nf4.linear(x, self.weight, self.bias)
 
     def dequantized(self) -> torch.Tensor:
         return nf4.dequantize(self.weight)
-
-    def nbytes(self) -> int:
-        return self.weight.nbytes() + (self.bias.nbytes if self.bias is not None else 0)
 
 
 @dataclass(frozen=True)
