@@ -21,7 +21,7 @@ from adaplex_loadtest.load_figures import Objective, by_model, figures
 from adaplex_loadtest.open_loop import Target
 from adaplex_loadtest.process_watch import Sample
 from adaplex_loadtest.questions import questions_for
-from adaplex_loadtest.soak import Plan, leaks
+from adaplex_loadtest.soak import Plan, leaks, not_at_rest, slope
 
 TRAFFIC = Traffic(("a", "b", "c", "d"), 50.0, 40.0, Lengths(20, 0.5), Lengths(8), check=0.5, seed=3)
 
@@ -132,8 +132,8 @@ def test_the_page_needs_nothing_from_outside_and_escapes() -> None:
     assert not any(word in text for word in ("http://", "https://", "<script", "<link", "nan"))
 
 
-def rest(at: float, rss: int, handles: int = 20) -> Sample:
-    return Sample(at, (100 << 20, rss << 20), (30, handles), {})
+def rest(at: float, rss: int, handles: int = 20, device: int = 0) -> Sample:
+    return Sample(at, (100 << 20, rss << 20), (30, handles), {}, device << 20)
 
 
 def test_a_leak_is_growth_within_an_engines_life() -> None:
@@ -145,3 +145,12 @@ def test_a_leak_is_growth_within_an_engines_life() -> None:
     growing = [(0, rest(i, 500 + 30 * i)) for i in range(6)]
     assert any("engine 1 has grown by 60 MiB" in found for found in leaks(growing, plan))
     assert any("file handles" in found for found in leaks([(0, rest(i, 500, 20 + 5 * i)) for i in range(6)], plan))
+    assert any("more of the GPU" in found for found in leaks([(0, rest(i, 500, 20, 30 * i)) for i in range(6)], plan))
+    assert slope([rest(60.0 * i, 500 + 2 * i) for i in range(6)], 1) == pytest.approx(120)
+
+
+def test_a_replaced_adapter_that_keeps_its_slot_is_told() -> None:
+    gauges = {"adaplex_adapters_registered": 2.0, "adaplex_adapters_resident": 2.0, "adaplex_requests_running": 0.0}
+    assert not not_at_rest(gauges)
+    (found,) = not_at_rest(gauges | {"adaplex_adapters_resident": 3.0})
+    assert found.startswith("3 adapters are on the device") and not_at_rest(gauges | {"adaplex_kv_pages_used": 1.0})
