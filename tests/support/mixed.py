@@ -169,7 +169,7 @@ class Oracle:
 
 @dataclass
 class Traffic:
-    """An engine that is stepped by hand, and all that it has said."""
+    """An engine that is stepped by hand, and all that it has said. tokens: without the times at which rows began."""
 
     engine: Engine
     info: EngineInfo
@@ -212,7 +212,7 @@ class Traffic:
         for message in self.sent:
             if isinstance(message, StepDone):
                 for token in message.tokens:
-                    self.tokens.setdefault(token.row, []).append(token)
+                    self.tokens.setdefault(token.row, []).append(msgspec.structs.replace(token, began=0.0))
                 for end in message.ends:
                     assert end.row not in self.ends, "a row has ended twice"
                     self.ends[end.row] = end
