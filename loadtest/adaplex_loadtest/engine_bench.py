@@ -16,7 +16,8 @@ import msgspec
 import torch
 
 from adaplex_adapters.base_shape import BaseShape
-from adaplex_adapters.spec import Adapter, AdapterSpec, LoraModule
+from adaplex_adapters.spec import KIND_LORA, Adapter
+from adaplex_loadtest.random_kinds import RandomKinds
 from adaplex_loadtest.statistics import percentile, report
 from adaplex_server.engine.assembly import assemble
 from adaplex_server.engine.engine import Inbox
@@ -29,12 +30,15 @@ from adaplex_server.vocabulary import SamplingParams
 
 @dataclass(frozen=True)
 class Batch:
-    """rows of equal prompts and answers; row i uses adapter i modulo `adapters` (0: the base alone)."""
+    """rows of equal prompts and answers; row i uses adapter i modulo `adapters` (0: the base alone) of those from
+    `first` on.
+    """
 
     rows: int
     adapters: int
     prompt_tokens: int
     output_tokens: int
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,22 +51,8 @@ class Timed:
 
 
 def random_adapters(shape: BaseShape, rank: int, count: int, dtype: torch.dtype) -> list[Adapter]:
-    """LoRAs on every linear, in memory. They share their host tensors, as only their places on the device matter for
-    time; their revisions are made up, as nothing stores them.
-    """
-    generator = torch.Generator().manual_seed(1)
-    modules = {}
-    for path, linear in shape.linears.items():
-        a = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
-        b = torch.randn(linear.out_features, rank, generator=generator) * 0.02
-        modules[path] = LoraModule(a.to(dtype), b.to(dtype), 2.0)
-    parameters = sum(m.a.numel() + m.b.numel() for m in modules.values())
-    targets = tuple(sorted({path.rsplit(".", 1)[-1] for path in modules}))
-    nbytes = parameters * dtype.itemsize
-    return [
-        Adapter(AdapterSpec(f"{i:064x}", "lora", rank, targets, parameters, nbytes, shape.name), modules)
-        for i in range(count)
-    ]
+    """LoRAs on every linear, in memory."""
+    return RandomKinds(shape, rank, dtype).made((KIND_LORA,), count)
 
 
 class EngineBench:
@@ -112,7 +102,7 @@ class EngineBench:
         self._sent.clear()
         sampling = SamplingParams(max_tokens=batch.output_tokens, temperature=0, ignore_eos=True)
         for row in range(batch.rows):
-            revision = self._revisions[row % batch.adapters] if batch.adapters else None
+            revision = self._revisions[batch.first + row % batch.adapters] if batch.adapters else None
             # Each prompt begins with its own token, so that no prefix is shared with this or an earlier batch.
             prompt = [(self._rows * 7919 + i * 31) % self._vocab for i in range(batch.prompt_tokens)]
             self._rows += 1

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaplex_loadtest import kernel_bench, profile_bench, shapes, swap_bench
+from adaplex_adapters.errors import InvalidRequest
+from adaplex_loadtest import kernel_bench, kinds_bench, profile_bench, random_kinds, shapes, swap_bench
 from adaplex_loadtest.engine_bench import Batch, bench, settings_for
 from adaplex_loadtest.random_checkpoint import write_random_checkpoint
 from adaplex_loadtest.statistics import percentile, summary
@@ -29,6 +30,18 @@ def test_the_engine_benchmark_reports_each_batch(tmp_path: Path, format: str) ->
     lines = [json.loads(line) for line in bench(base, settings, batches, 4, repeats=1)]
     assert [(line["rows"], line["adapters"]) for line in lines] == [(1, 0), (3, 2)]
     assert all(line["step_ms"] > 0 and line["prefill_ms"] > 0 for line in lines)
+
+
+def test_kinds_are_measured_beside_loras(tmp_path: Path) -> None:
+    base = random_base(shapes.shape_config("tiny"), "gptq", dtype=torch.float32)
+    batches = [Batch(9, 9, 5, 4)]
+    sets = random_kinds.parse_kinds("all,lora+dora")
+    settings = settings_for(batches, 4, tmp_path, threads=1, page_size=16)
+    lines = [json.loads(line) for line in kinds_bench.bench(base, settings, batches, sets, 4, repeats=2)]
+    assert [line["kinds"] for line in lines] == [list(random_kinds.KINDS), ["lora", "dora"]]
+    assert all(line["goal"] == 1.15 and len(line["ratios"]) == 2 and line["ratio"] > 0 for line in lines)
+    with pytest.raises(InvalidRequest, match="'lorra' is no kind"):
+        random_kinds.parse_kinds("all,lorra+dora")
 
 
 def test_the_kernel_benchmark_reports_each_kernel() -> None:

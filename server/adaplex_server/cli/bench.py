@@ -30,7 +30,8 @@ Where = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the b
 @app.command()
 def engine(
     shape: Annotated[
-        Literal["135m", "1.7b", "8b", "embedded"], typer.Option(help="Random weights, or 'embedded' for the real base.")
+        Literal["tiny", "135m", "1.7b", "8b", "embedded"],
+        typer.Option(help="Random weights, or 'embedded' for the real base."),
     ] = "135m",
     format: Annotated[
         Literal["nf4", "gptq", "none"], typer.Option(help="Of random weights; the embedded base is NF4.")
@@ -51,11 +52,17 @@ def engine(
         bool, typer.Option(help="Launch a step before the host knows what the one before chose (on a GPU).")
     ] = True,
     repeats: Annotated[int, typer.Option(help="Times that each batch is run.")] = 3,
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            help="Beside the LoRAs, batches of other kinds, and the ratio: 'all', or some as lora+dora; with commas."
+        ),
+    ] = None,
 ) -> None:
     """The engine alone: time of prefill and of a decode step."""
     import torch
 
-    from adaplex_loadtest import engine_bench, shapes
+    from adaplex_loadtest import engine_bench, kinds_bench, random_kinds, shapes
     from adaplex_server.bases.embedded import ensure_embedded
     from adaplex_server.engine.assembly import choose_device
     from adaplex_server.model.base import load_base
@@ -64,6 +71,9 @@ def engine(
 
     place, kind = choose_device(device), getattr(torch, dtype)
     measured = [engine_bench.Batch(r, k, prompt, output) for r, k in _batches(batches)]
+    sets = random_kinds.parse_kinds(kinds) if kinds else []
+    if sets and not all(batch.adapters for batch in measured):
+        raise InvalidRequest("kinds are measured in batches with adapters, such as --batches 64:64")
     if shape == "embedded":
         folder = ensure_embedded()
         config = read_config(folder)
@@ -81,7 +91,10 @@ def engine(
             graphs=graphs,
             overlap=overlap,
         )
-        engine_bench.bench(base, settings, measured, rank, repeats)
+        if sets:
+            kinds_bench.bench(base, settings, measured, sets, rank, repeats)
+        else:
+            engine_bench.bench(base, settings, measured, rank, repeats)
 
 
 @app.command()
