@@ -1,4 +1,4 @@
-"""One row in the engine: what was asked, and how far it has come. Owned and changed by the `Scheduler` alone."""
+"""One row in the engine: what was asked, and how far it has come. Changed by the `Scheduler` and its parts alone."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Owns nothing of its own: which page is free or cached is the `PrefixCache`'s, and a row's `pages`, `computed`,
 `settled`, `digests` and `kept_pages` are the row's. Pages that a launched step writes go by way of `Leaving`. Who gets
-pages, and who gives them up for others, is the `Scheduler`'s decision.
+pages is the `Scheduler`'s decision, and who gives them up for others the `BegunRows`'.
 """
 
 from __future__ import annotations

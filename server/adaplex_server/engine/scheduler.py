@@ -11,9 +11,8 @@ preempted before (`Leaving`); the outcome is then nobody's. So nothing is planne
 without the planner's knowledge (a stop token, not finite) has one wasted place in the next step, whose outcome is
 dropped, and no other row can see it. Steps are committed in the order in which they were planned.
 
-Rows that run keep running: decoding rows first, then prefills in chunks, then new rows while pages last. Where a page
-is missing, the last row in order gives up all of its pages and is computed again later (its text is kept, so it
-goes on with the same words); the first row in order is never preempted, so there is always progress.
+Rows that run keep running: decoding rows first, then prefills in chunks, then new rows while pages last (`BegunRows`
+knows who gives up pages for whom).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, InvalidRequest, Overloaded, RowFailed, Unavailable
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
 from adaplex_server.engine.admission import queue_refusal, refusal
+from adaplex_server.engine.begun import BegunRows
 from adaplex_server.engine.events import Events
 from adaplex_server.engine.guide import Guide
 from adaplex_server.engine.leaving import Leaving
@@ -65,7 +65,6 @@ class Scheduler:
     def __init__(self, limits: Limits, cache: PrefixCache, slots: AdapterSlots, placement: Placement) -> None:
         self.limits = limits
         self.max_context = min(limits.max_context, cache.available * limits.page_size)
-        self.preemptions = 0
         self.hit_tokens = 0
         self.query_tokens = 0
         self.step_tokens = limits.max_step_tokens
@@ -75,8 +74,7 @@ class Scheduler:
         self._placement = placement
         self._rows: dict[int, Row] = {}
         self._waiting = WaitingRows()
-        self._preempted: list[Row] = []
-        self._running: list[Row] = []
+        self._begun = BegunRows(self._pages, self._leaving)
         self._arrivals = 0
         self._events = Events()
         self._pace = Pace()
@@ -86,12 +84,17 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Rows that have not begun, and rows that were preempted."""
-        return len(self._waiting) + len(self._preempted)
+        return len(self._waiting) + self._begun.preempted
 
     @property
     def running(self) -> int:
         """Rows that hold pages."""
-        return len(self._running)
+        return len(self._begun.running)
+
+    @property
+    def preemptions(self) -> int:
+        """How often a row has had to give up its pages."""
+        return self._begun.preemptions
 
     def next_order(self, priority: int = 0) -> tuple[int, int]:
         """The place in the order of whatever arrives now."""
@@ -180,12 +183,12 @@ class Scheduler:
         """The work of the next step, in the order of the rows; empty when nothing can run."""
         self._expire(now)
         preemptions, budget, scores = self.preemptions, self.step_tokens, self.limits.max_scores
-        decoding = [row for row in self._running if row.remaining == 1][:budget]
-        work = {row: work_on(row, 1) for row in decoding if self._grow(row)}
+        decoding = [row for row in self._begun.running if row.remaining == 1][:budget]
+        work = {row: work_on(row, 1) for row in decoding if self._begun.grow(row)}
         budget -= len(work)
         if self.preemptions == preemptions:
             self._admit(budget, now)
-        for row in self._running if budget > 0 else ():
+        for row in self._begun.running if budget > 0 else ():
             if row in work or self._pages.full(row):
                 continue
             count = min(row.remaining, budget, scores if row.scoring else budget)
@@ -242,13 +245,13 @@ class Scheduler:
             else:
                 # What was computed of it is not known to be finite.
                 self._leaving.settle(row, failed=True)
-        count = len(self._running) // 2
-        for row in self._running[len(self._running) - count :]:
-            self._preempt(row)
+        count = self.running // 2
+        self._begun.preempt_last(count)
         if count == 0 and self.step_tokens > _LEAST_STEP:
             self.step_tokens //= 2
-        elif count == 0 and self._running:
-            self.fail(self._running[0], Unavailable("the device has no memory for this request now", retry_after=5.0))
+        elif count == 0 and self.running:
+            what = "the device has no memory for this request now"
+            self.fail(self._begun.running[0], Unavailable(what, retry_after=5.0))
 
     def recover(self) -> None:
         """Memory has sufficed for a while: steps may grow again."""
@@ -259,7 +262,7 @@ class Scheduler:
     @property
     def _places(self) -> int:
         """Rows that may begin now: one that only waits for its last token has no place in the next step."""
-        return self.limits.max_rows - sum(row.remaining > 0 for row in self._running)
+        return self.limits.max_rows - sum(row.remaining > 0 for row in self._begun.running)
 
     def _overload(self, row: Row, now: float) -> Overloaded | None:
         """Why a row is better refused at once than queued, if it is."""
@@ -273,7 +276,7 @@ class Scheduler:
 
     def _free_places(self) -> int:
         """Places in the next step that nobody has yet: who is about to take one does not count as waiting."""
-        return max(0, self._places - len(self._preempted))
+        return max(0, self._places - self._begun.preempted)
 
     def _first_orders(self) -> dict[str, tuple[int, int]]:
         return {revision: row.order for revision, row in self._waiting.heads().items()}
@@ -291,24 +294,6 @@ class Scheduler:
             what = f"this request has waited for {longest:g} s, and that is the limit; retry later"
             self.fail(row, Overloaded(what, retry_after=self._pace.retry_after(longest)))
 
-    def _grow(self, row: Row) -> bool:
-        """A page for the row's next token, by preempting the last row if need be (perhaps this one: then False). False
-        too if a page comes free by itself when the step in flight is settled: then the row stands back for one step.
-        """
-        if row.state != "running":
-            return False
-        if not self._pages.full(row):
-            return True
-        while self._pages.available < 1:
-            if self._leaving.pages or any(other.remaining == 0 for other in self._running):
-                return False
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is row:
-                return False
-        self._pages.extend(row)
-        return True
-
     def _admit(self, budget: int, now: float) -> None:
         """Begin rows while there are places, pages and tokens for them. A row that finds no pages holds up the others,
         or it might wait for ever.
@@ -316,15 +301,18 @@ class Scheduler:
         places = self._places if self.waiting else 0
         while places > 0 and budget > 0:
             row = self._next_row()
-            # Some pages are left for running rows to grow.
-            if row is None or not self._pages.begin(row, spare=len(self._running)):
+            if row is None:
                 return
-            self._begin(row, now)
+            first = row.state == "waiting"
+            if not self._begun.begin(row):
+                return
+            if first:
+                self._served(row, now)
             budget -= row.remaining
             places -= 1
 
     def _next_row(self) -> Row | None:
-        preempted = min(self._preempted, key=lambda row: row.order, default=None)
+        preempted = self._begun.next_preempted()
         for priority in self._waiting.priorities():
             if preempted is not None and preempted.priority <= priority:
                 return preempted
@@ -333,34 +321,14 @@ class Scheduler:
                 return row
         return preempted
 
-    def _begin(self, row: Row, now: float) -> None:
-        # Whoever is preempted by a plan or an abandoned step begins in a later plan, and its steps are settled by then.
-        assert not row.unsettled, "a row begins again while a step of its former life is in flight"
-        if row.state == "preempted":
-            self._preempted.remove(row)
-        else:
-            self._waiting.served(row, row.remaining)
-            row.began = now
-            row.cached_tokens = max(0, row.computed - row.virtual)
-            row.slot = None if row.revision is None else self._slots.pin(row.revision)
-            self.hit_tokens += row.computed
-            self.query_tokens += row.prompt_length
-        row.state = "running"
-        self._running.append(row)
-        self._running.sort(key=lambda r: r.order)
-
-    def _preempt(self, row: Row) -> None:
-        """Give up the row's pages but not its slot: slots are then never waited for by a row that has begun. A token
-        that is being chosen for it is given up too, and chosen again.
-        """
-        self._running.remove(row)
-        self._pages.release(row)
-        row.computed = row.settled = row.ahead = 0
-        if row.scoring:
-            row.scores = [None]
-        row.state = "preempted"
-        self._preempted.append(row)
-        self.preemptions += 1
+    def _served(self, row: Row, now: float) -> None:
+        """The row has begun for the first time: it is out of the queue, and has its adapter until its end."""
+        self._waiting.served(row, row.remaining)
+        row.began = now
+        row.cached_tokens = max(0, row.computed - row.virtual)
+        row.slot = None if row.revision is None else self._slots.pin(row.revision)
+        self.hit_tokens += row.computed
+        self.query_tokens += row.prompt_length
 
     def _accept(self, row: Row, token: int, outcome: Outcome, now: float) -> None:
         self._waiting.charge(row, 1)
@@ -384,14 +352,10 @@ class Scheduler:
     ) -> None:
         """The row's one final word; everything it holds is given back."""
         del self._rows[row.id]
-        if row.state == "running":
-            self._running.remove(row)
-        elif row.state == "preempted":
-            self._preempted.remove(row)
+        self._begun.end(row)
         if row.state != "new":
             self._waiting.leave(row)
         row.state = "ended"
-        self._pages.release(row)
         if row.slot is not None:
             self._leaving.unpin(row)
         if error is not None:
@@ -403,31 +367,28 @@ class Scheduler:
 
     def held_pages(self) -> list[list[int]]:
         """The pages of every running row, and of steps in flight (for the pool's audit)."""
-        return [*(row.pages for row in self._running), *self._leaving.pages]
+        return [*(row.pages for row in self._begun.running), *self._leaving.pages]
 
     def check_integrity(self) -> None:
         """Every row is in one place, holds what that place allows, and pins add up."""
-        waiting = list(self._waiting)
-        places = {"waiting": waiting, "running": self._running, "preempted": self._preempted}
-        assert all(row.state == state for state, rows in places.items() for row in rows), "a row is in a wrong place"
-        assert {row.id for rows in places.values() for row in rows} == set(self._rows), "a row is lost"
-        assert len(waiting) == len(self._waiting) and sum(map(len, places.values())) == len(self._rows), (
-            "a row is twice"
-        )
-        assert self._running == sorted(self._running, key=lambda row: row.order), "running rows are out of order"
+        waiting, begun = list(self._waiting), self._begun.rows()
+        assert all(row.state == "waiting" for row in waiting), "a row is in a wrong place"
+        assert {row.id for row in (*waiting, *begun)} == set(self._rows), "a row is lost"
+        assert len(waiting) == len(self._waiting) and len(waiting) + len(begun) == len(self._rows), "a row is twice"
+        self._begun.check_integrity()
         for row in self._rows.values():
             self._pages.check(row)
-            if row.state == "running":
-                assert row.remaining > 0 or row.unsettled, "a row has nothing to compute"
-                assert row.length <= self.max_context and 0 <= row.ahead <= row.unsettled, "a row is too far ahead"
+            assert row.length <= self.max_context, "a row is longer than its context"
             assert (row.slot is not None) == (row.revision is not None and row.state != "waiting"), (
                 "a row's pin is wrong"
             )
         self._waiting.check_integrity()
         self._leaving.check_integrity()
-        begun = [row for row in self._rows.values() if row.slot is not None]
-        for revision in {row.revision for row in begun if row.revision is not None}:
-            pins = sum(row.revision == revision for row in begun) + self._leaving.pins(revision)
+        pinned = [row for row in begun if row.slot is not None]
+        for revision in {row.revision for row in pinned if row.revision is not None}:
+            pins = sum(row.revision == revision for row in pinned) + self._leaving.pins(revision)
             assert self._slots.pinned(revision) == pins, f"adapter {revision[:12]} has wrong pins"
             held = self._slots.slot(revision)
-            assert held is not None and all(r.slot == held.index for r in begun if r.revision == revision), "slot moved"
+            assert held is not None and all(r.slot == held.index for r in pinned if r.revision == revision), (
+                "slot moved"
+            )
