@@ -23,14 +23,12 @@ def refusal(message: Submit, max_context: int, vocab_size: int) -> AdaplexError 
     return None
 
 
-def queue_refusal(waiting: int, places: int, wait: float, longest: float | None, left: float | None) -> str | None:
-    """Why a row should not wait in a queue where `waiting` rows have taken of `places`, if it should not: it would
-    begin too late to be of use, and take a place from others that would not.
+def too_late(wait: float, longest: float | None, left: float | None) -> str | None:
+    """Why a row should not wait, if it should not: it would begin too late to be of use, and take a place from others
+    that would not.
 
     wait: its expected seconds in the queue. longest: what any row may be expected to wait. left: until its deadline.
     """
-    if waiting >= places:
-        return f"{waiting} requests wait already, and that is the limit; retry later"
     if longest is not None and wait > longest:
         return f"this request would wait for about {wait:.1f} s, and {longest:g} s is the limit; retry later"
     if left is not None and 0 < left <= wait:

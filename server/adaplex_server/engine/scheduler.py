@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, InvalidRequest, Overloaded, RowFailed, Unavailable
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
-from adaplex_server.engine.admission import queue_refusal, refusal
+from adaplex_server.engine.admission import refusal, too_late
 from adaplex_server.engine.begun import BegunRows
 from adaplex_server.engine.events import Events
 from adaplex_server.engine.guide import Guide
@@ -265,14 +265,24 @@ class Scheduler:
         return self.limits.max_rows - sum(row.remaining > 0 for row in self._begun.running)
 
     def _overload(self, row: Row, now: float) -> Overloaded | None:
-        """Why a row is better refused at once than queued, if it is."""
+        """Why a row is better refused at once than queued, if it is. Where the queue is full, another one may be that
+        instead, whose line is longer.
+        """
         waiting, free = len(self._waiting), self._free_places()
         if waiting < free:
             return None
         wait = self._pace.wait(self._waiting.ahead(row) - free, self.running)
         left = None if row.deadline is None else row.deadline - now
-        what = queue_refusal(waiting, self.limits.max_waiting + free, wait, self.limits.max_wait, left)
-        return None if what is None else Overloaded(what, retry_after=self._pace.retry_after(wait))
+        what = too_late(wait, self.limits.max_wait, left)
+        if what is not None or waiting < self.limits.max_waiting + free:
+            return None if what is None else Overloaded(what, retry_after=self._pace.retry_after(wait))
+        full = f"{waiting} requests wait already, and that is the limit; retry later"
+        other = self._waiting.giving_way(row)
+        if other is None:
+            return Overloaded(full, retry_after=self._pace.retry_after(wait))
+        longer = self._pace.wait(self._waiting.ahead(other) - free, self.running)
+        self.fail(other, Overloaded(full, retry_after=self._pace.retry_after(longer)))
+        return None
 
     def _free_places(self) -> int:
         """Places in the next step that nobody has yet: who is about to take one does not count as waiting."""

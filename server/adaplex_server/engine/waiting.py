@@ -8,7 +8,9 @@ two rows where another one's turn has come; the rounds until somebody has credit
 the revision's over all priorities, as long as it has a row, so that a queue that is short but never empty does not
 forget its debts.
 
-Within a revision it is first come, first served. Owns the order and the credits, nothing else.
+Within a revision it is first come, first served. A full queue is shared too (McKenney's stolen buffers, 1990): whoever
+comes then takes the last place of the longest line, if their own is shorter. Owns the order and the credits, nothing
+else.
 """
 
 from __future__ import annotations
@@ -84,6 +86,19 @@ class WaitingRows:
         lines = self._levels.get(row.priority, _Lines())
         mine = len(lines[row.revision]) if row.revision in lines else 0
         return more_urgent + sum(min(len(line), mine + 1) for line in lines.values())
+
+    def giving_way(self, row: Row) -> Row | None:
+        """Whose place a row that is to come takes when the queue is full: the last one of the longest line among the
+        least urgent, if that is less urgent or longer than its own would be. None: its own is the longest.
+        """
+        if not self._levels:
+            return None
+        priority = max(self._levels)
+        lines = self._levels[priority]
+        longest = max(lines.values(), key=len)
+        mine = len(lines.get(row.revision, ()))
+        gives_way = priority > row.priority or (priority == row.priority and len(longest) > mine + 1)
+        return longest[-1] if gives_way else None
 
     def served(self, row: Row, cost: int) -> None:
         """Take the row out, as it begins; cost: tokens of its prompt that are to be computed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaplex_server.engine.admission import queue_refusal
+from adaplex_server.engine.admission import too_late
 from adaplex_server.engine.pace import Pace
 
 
@@ -51,8 +51,7 @@ def test_a_hint_is_neither_at_once_nor_never() -> None:
 
 
 def test_who_would_wait_too_long_is_refused() -> None:
-    assert queue_refusal(3, 4, wait=9, longest=None, left=None) is None
-    assert "limit" in (queue_refusal(4, 4, wait=0, longest=None, left=None) or "")
-    assert "9.0 s" in (queue_refusal(3, 4, wait=9, longest=8, left=None) or "")
-    assert "its time ends" in (queue_refusal(3, 4, wait=9, longest=None, left=8) or "")
-    assert queue_refusal(3, 4, wait=0, longest=8, left=1) is None
+    assert too_late(wait=9, longest=None, left=None) is None
+    assert "9.0 s" in (too_late(wait=9, longest=8, left=None) or "")
+    assert "its time ends" in (too_late(wait=9, longest=None, left=8) or "")
+    assert too_late(wait=0, longest=8, left=1) is None

@@ -157,6 +157,23 @@ def test_an_adapter_begins_within_a_row_of_the_flood_of_another(overlap: bool) -
     world.settle()
 
 
+def test_a_full_queue_is_shared_between_adapters() -> None:
+    """r1 has filled the queue: r2 takes a place of its, and no more than its share; an urgent row takes any."""
+    world = make_world({"r1": 1, "r2": 1}, max_rows=1, max_waiting=4)
+    submit(world, 0, "r1", longer(40))
+    steps_until(world, 0)
+    for row in (1, 2, 3, 4, 10, 11, 12, 13):
+        submit(world, row, "r1" if row < 10 else "r2", longer(8))
+        world.step()
+    refused = [row for row, ends in world.ends.items() if ends[0].error == "Overloaded"]
+    assert sorted(refused) == [3, 4, 12, 13] and world.engine.stats().waiting == 4
+    world.inbox.put(Submit(20, [5], longer(8), "r2", priority=-1))
+    world.step()
+    assert world.engine.stats().waiting == 4 and len(world.ends) == 5 and 20 not in world.ends
+    world.settle()
+    assert world.ends[20][0].reason == world.ends[10][0].reason == "length"
+
+
 def test_rows_that_arrive_together_fill_the_free_places_before_the_queue() -> None:
     world = make_world({}, max_rows=3, max_waiting=2)
     for row in range(7):
