@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from adaplex_adapters.durable import disk_errors
+from adaplex_adapters.training.job_terms import EVENTS
 from adaplex_adapters.training.loop import StepReport
 from adaplex_adapters.training.measuring import Measurement
 
-EVENTS = "events.jsonl"
 _LASTING = ("checkpoint", "paused", "succeeded", "failed")
 
 

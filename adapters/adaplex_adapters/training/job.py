@@ -25,15 +25,13 @@ from typing import Any
 
 from adaplex_adapters.errors import AdaplexError, InternalError, InvalidRequest, StartupError
 from adaplex_adapters.training.carry_out import TrainRequest, carry_out_in
+from adaplex_adapters.training.job_terms import FAILED, JOB, PAUSED, REFUSED, RESULT, SUCCEEDED, VERSION
 from adaplex_adapters.training.option_names import options_from
 from adaplex_adapters.training.progress import LineProgress
 from adaplex_adapters.training.run_folder import RunFolder, has_succeeded, hold
 from adaplex_adapters.training.stopping import stop_on_signals
 from adaplex_adapters.training.trainer import Paused
 
-JOB = "job.json"
-VERSION = 1
-SUCCEEDED, FAILED, REFUSED, PAUSED = 0, 1, 2, 3
 _KEYS = {"version", "data", "validation", "base", "out", "options", "device", "memory_limit", "threads"}
 
 
@@ -69,7 +67,7 @@ def request_of(folder: Path, job: dict[str, Any]) -> TrainRequest:
             data=folder / job["data"],
             base_folder=folder / base["folder"],
             base_name=base["name"],
-            out=folder / (job.get("out") or "result"),
+            out=folder / (job.get("out") or RESULT),
             work=folder,
             options=options_from(job.get("options") or {}),
             validation=folder / job["validation"] if job.get("validation") else None,

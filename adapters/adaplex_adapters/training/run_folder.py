@@ -17,7 +17,8 @@ from pathlib import Path
 from adaplex_adapters.durable import disk_errors
 from adaplex_adapters.errors import Conflict
 from adaplex_adapters.training.checkpoints import Checkpoints
-from adaplex_adapters.training.events import EVENTS, EventLog, read_events
+from adaplex_adapters.training.events import EventLog, read_events
+from adaplex_adapters.training.job_terms import EVENTS
 
 LOCK, CHECKPOINTS = "lock", "checkpoints"
 

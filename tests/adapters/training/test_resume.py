@@ -19,7 +19,8 @@ from adaplex_adapters.training.checkpoints import Checkpoints
 from adaplex_adapters.training.conversations import Completion
 from adaplex_adapters.training.events import read_events
 from adaplex_adapters.training.frozen_base import FrozenBase, load_frozen_base
-from adaplex_adapters.training.job import FAILED, PAUSED, REFUSED, SUCCEEDED, run_job
+from adaplex_adapters.training.job import run_job
+from adaplex_adapters.training.job_terms import FAILED, PAUSED, REFUSED, SUCCEEDED
 from adaplex_adapters.training.options import TrainOptions
 from adaplex_adapters.training.run_folder import hold, is_held
 from adaplex_adapters.training.trainer import Paused, Surroundings, train_adapter

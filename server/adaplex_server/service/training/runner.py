@@ -18,18 +18,16 @@ from typing import Any
 
 from adaplex_adapters.durable import disk_errors
 from adaplex_adapters.errors import AdaplexError, Conflict, error_named
+from adaplex_adapters.training.job_terms import EVENTS, FAILED, JOB, PAUSED, RESULT, SUCCEEDED, VERSION
 from adaplex_server.service.training import told
 from adaplex_server.service.training.ledger import Ledger
 from adaplex_server.service.training.settings import TrainingSettings
-from adaplex_server.service.training.trainer_process import FAILED, PAUSED, SUCCEEDED, TrainerProcess
+from adaplex_server.service.training.trainer_process import TrainerProcess
 from adaplex_server.service.training.types import Checkpoint, Job, JobError, Told, word
 
 log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _REPORTS = (".html", ".md", ".png")
-
-JOB_VERSION = 1
-"""Of job.json, as `adaplex_adapters.training.job` reads it."""
 
 Register = Callable[[str, Path], Awaitable[str]]
 
@@ -139,7 +137,7 @@ class JobRunner:
         """Register the result if it is wanted, keep its files, and only then say that the job has succeeded."""
         words, revision = [], None
         if result.better_than_base or job.register_worse:
-            revision = await self._register(job.adapter, folder / "result")
+            revision = await self._register(job.adapter, folder / RESULT)
             words.append(word(f"The adapter is served as '{job.adapter}'."))
         else:
             what = "On the held-out rows the adapter is no better than the base, so it is not served"
@@ -153,12 +151,12 @@ class JobRunner:
 
     def _keep_files(self, folder: Path) -> tuple[str, ...]:
         """Report, card and plots as files of their own; the adapter itself is in the store, if it is served."""
-        found = sorted(path for path in (folder / "result").iterdir() if path.suffix in _REPORTS)
+        found = sorted(path for path in (folder / RESULT).iterdir() if path.suffix in _REPORTS)
         return tuple(self._ledger.files.take(path, path.name, "fine-tune-results").id for path in found)
 
     async def _listen(self, job_id: str) -> told.Line | None:
         """Record what the trainer has said since the last time; its last line."""
-        path = self._ledger.job_folder(job_id) / "events.jsonl"
+        path = self._ledger.job_folder(job_id) / EVENTS
         batch = await asyncio.to_thread(told.read_lines, path, self._ledger.rows.job(job_id).consumed)
         if not batch.lines:
             return None
@@ -195,11 +193,11 @@ class JobRunner:
         """The job's folder, as its process wants to find it."""
         validation = job.validation_file and str(self._ledger.files.path(job.validation_file))
         told_job = {
-            "version": JOB_VERSION,
+            "version": VERSION,
             "data": str(self._ledger.files.path(job.training_file)),
             "validation": validation,
             "base": {"folder": str(self._settings.base), "name": self._settings.base_name},
-            "out": "result",
+            "out": RESULT,
             "options": {**job.options, "seed": job.seed},
             "device": self._settings.device,
             "memory_limit": self._settings.memory,
@@ -207,7 +205,7 @@ class JobRunner:
         }
         with disk_errors("Preparing the job"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (folder / "job.json").write_text(json.dumps(told_job))
+            (folder / JOB).write_text(json.dumps(told_job))
 
 
 def _figures(measured: told.Line | None, step: int) -> dict[str, float]:

@@ -13,8 +13,6 @@ from collections import deque
 from pathlib import Path
 
 COMMAND = (sys.executable, "-m", "adaplex_server.service.training.child")
-SUCCEEDED, FAILED, PAUSED = 0, 1, 3
-"""Exit codes of `adaplex_adapters.training.job`."""
 _NICE = 10
 _TAIL_LINES = 20
 
@@ -54,7 +52,7 @@ class TrainerProcess:
         self._signal(signal.SIGKILL)
 
     async def ended(self) -> int:
-        """Its exit code, or minus the signal that killed it."""
+        """Its exit code (see `job_terms`), or minus the signal that killed it."""
         try:
             code = await self._process.wait()
             await asyncio.wait({self._reading}, timeout=1.0)
