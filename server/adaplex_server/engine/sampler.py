@@ -87,8 +87,19 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> Logp
     """Of each row of logits [R, V]: the log-probability of its token [R], and of the `top` likeliest."""
     total = logits.logsumexp(-1, keepdim=True)
     chosen = (logits.gather(-1, tokens[:, None]) - total)[:, 0]
-    values, ids = logits.topk(min(top, logits.shape[-1]), dim=-1)
-    return Logprobs(tokens, chosen, ids, values - total)
+    ids = _likeliest(logits, min(top, logits.shape[-1]))
+    return Logprobs(tokens, chosen, ids, logits.gather(-1, ids) - total)
+
+
+def _likeliest(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """logits [R, V] float32: of each row the ids of the `count` likeliest tokens [R, count], lower ones first among
+    equals. Which of several equals topk takes depends on how many are asked for, and that is the neighbours' wish too:
+    so it is given whole numbers of which no two are equal, ordered as the logits are, then by id.
+    """
+    bits = logits.view(torch.int32)
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return order.bitwise_left_shift_(32).bitwise_or_(0xFFFFFFFF - ids).topk(count, dim=-1).indices
 
 
 def _score_prompt(logits: torch.Tensor, work: Work, place: int) -> Scores:

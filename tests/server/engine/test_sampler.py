@@ -161,6 +161,17 @@ def test_company_changes_nothing() -> None:
     assert [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)] == together
 
 
+def test_alternatives_are_the_lowest_ids_of_a_tie_whatever_a_neighbour_asks_for() -> None:
+    logits = (torch.randn(2, 3000, generator=torch.Generator().manual_seed(0)) * 2).bfloat16().float()
+    raw = logits[0].log_softmax(-1).tolist()
+    best = sorted(range(3000), key=lambda token: (-raw[token], token))
+    for count in range(20):
+        rows = [make_row({"temperature": 0.0, "logprobs": wish}) for wish in (count, 20)]
+        told = sample(logits, rows)[0].logprob
+        assert told is not None and [token for token, _ in told.top] == best[:count]
+        assert sample(logits[:1], rows[:1])[0].logprob == told
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
     rng = random.Random(5)
