@@ -42,8 +42,8 @@ class ModelConfig:
     by, None without ALiBi.
     biased_linears: the hot-path linears that have a bias. dtype: of the checkpoint's tensors, as it states it
     ("float32", "bfloat16", "float16").
-    eos_token_ids: of config.json and generation_config.json, sorted. quantization: config.json's quantization_config
-    as it stands, or None.
+    eos_token_ids: of config.json and generation_config.json, sorted; none outside the vocabulary. quantization:
+    config.json's quantization_config as it stands, or None.
     """
 
     name: str
@@ -127,7 +127,7 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], name: st
         embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
         alibi_scale=(scale if family.alibi_scaled else 1.0) if alibi else None,
         biased_linears=frozenset(linear for linear, switch in family.biases.items() if fields.switch(switch)),
-        eos_token_ids=_token_ids(raw.get("eos_token_id"), generation.get("eos_token_id")),
+        eos_token_ids=_token_ids(fields.count("vocab_size"), raw.get("eos_token_id"), generation.get("eos_token_id")),
         bos_token_id=raw.get("bos_token_id"),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         quantization=None if quantization is None else MappingProxyType(dict(quantization)),
@@ -193,8 +193,9 @@ def _activation(fields: ConfigFields) -> Activation:
     return "gelu_tanh" if found == "gelu" and fields.family.gelu_is_tanh else found
 
 
-def _token_ids(*values: int | list[int] | None) -> tuple[int, ...]:
+def _token_ids(vocab_size: int, *values: int | list[int] | None) -> tuple[int, ...]:
+    """Those that have a logit: a config may keep its class's default, which is no token of a smaller vocabulary."""
     ids: set[int] = set()
     for value in values:
         ids.update([value] if isinstance(value, int) else value or [])
-    return tuple(sorted(ids))
+    return tuple(sorted(token for token in ids if 0 <= token < vocab_size))

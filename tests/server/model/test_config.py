@@ -92,7 +92,7 @@ def test_a_null_window_is_no_window() -> None:
 
 def test_end_tokens_of_both_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 2}))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2, 128009, -1]}))
     assert read_config(tmp_path, "named").eos_token_ids == (2, 7)
     assert read_config(tmp_path, "named").name == "named"
 
