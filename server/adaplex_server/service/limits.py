@@ -22,6 +22,10 @@ MAX_LOGIT_BIAS = 1024
 MAX_PROMPT_CHARS = 4_000_000
 MAX_MESSAGES = 10_000
 SEED_SPACE = 1 << 63
+GREEDY_BELOW = 1e-5
+"""Temperatures below are 0: the likeliest token has all but certainty, and float32 would soon divide by zero."""
+LEAST_REPETITION_PENALTY = 0.01
+"""By less, a logit would be divided into what is no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +72,13 @@ class Sampling:
     priority: int
 
 
-def _real(name: str, value: float | None, default: float, low: float, high: float, *, open_low: bool = False) -> float:
+def _real(name: str, value: float | None, default: float, low: float, high: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
         raise InvalidRequest(f"{name} must be a number, got {value!r:.40}", param=name)
-    if value < low or value > high or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        raise InvalidRequest(f"{name} must lie in {bracket}{low:g}, {high:g}], got {value!r:.40}", param=name)
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} must lie in [{low:g}, {high:g}], got {value!r:.40}", param=name)
     return float(value)
 
 
@@ -177,17 +180,18 @@ def build_sampling(
     max_tokens = resolve_max_tokens(wish, prompt_tokens, max_context, default_max_tokens)
     seed = secrets.randbits(62) if wish.seed is None else _whole("seed", wish.seed, 0, -SEED_SPACE, 2 * SEED_SPACE - 1)
     top_k = _whole("top_k", wish.top_k, 0, -1, 1 << 31)
+    temperature = _real("temperature", wish.temperature, 1.0, 0.0, 2.0)
     params = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=_whole("min_tokens", wish.min_tokens, 0, 0, max_tokens),
-        temperature=_real("temperature", wish.temperature, 1.0, 0.0, 2.0),
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
         top_p=_real("top_p", wish.top_p, 1.0, 0.0, 1.0),
         top_k=min(max(top_k, 0), vocab_size),
         min_p=_real("min_p", wish.min_p, 0.0, 0.0, 1.0),
         seed=seed % SEED_SPACE,
         presence_penalty=_real("presence_penalty", wish.presence_penalty, 0.0, -2.0, 2.0),
         frequency_penalty=_real("frequency_penalty", wish.frequency_penalty, 0.0, -2.0, 2.0),
-        repetition_penalty=_real("repetition_penalty", wish.repetition_penalty, 1.0, 0.0, 10.0, open_low=True),
+        repetition_penalty=_real("repetition_penalty", wish.repetition_penalty, 1.0, LEAST_REPETITION_PENALTY, 10.0),
         logit_bias=_bias(wish.logit_bias, vocab_size),
         stop_token_ids=_token_ids("stop_token_ids", wish.stop_token_ids, MAX_STOP_TOKEN_IDS, vocab_size),
         ignore_eos=wish.ignore_eos,

@@ -31,6 +31,10 @@ def test_seed_is_drawn_when_absent_and_kept_when_given() -> None:
     assert 0 <= build(seed=-1).params.seed < 1 << 63
 
 
+def test_a_temperature_that_float32_cannot_hold_is_greedy() -> None:
+    assert [build(temperature=t).params.temperature for t in (5e-324, 1e-300, 1e-6, 0.01)] == [0.0, 0.0, 0.0, 0.01]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -49,6 +53,7 @@ def test_seed_is_drawn_when_absent_and_kept_when_given() -> None:
         ("presence_penalty", 3.0),
         ("frequency_penalty", -3.0),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),
         ("n", 0),
         ("n", 129),
         ("n", True),
