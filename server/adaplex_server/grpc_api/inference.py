@@ -48,6 +48,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         sent = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         request_id = request.request_id or secrets.token_hex(12)
         open_scope(request_id, sent.get("traceparent", ""), sent.get("tracestate", ""))
+        self._service.check_room(model=request.model)
         wanted = self._service.request(
             model=request.model,
             prompt=await self._prompt(request),

@@ -67,6 +67,7 @@ class ChatCompletions:
         body = await read_model(request, ChatCompletionRequest, limits.max_body_bytes, limits.body_idle)
         context = context_of(request.scope)
         context.model = body.model
+        self._service.check_room(model=body.model)
         tools = ToolUse.of(body, self._service.text.tool_format) if body.tools else None
         asked = await self._request(body, tools, context, time_limit(request))
         if body.stream:

@@ -68,6 +68,7 @@ class Completions:
         body = await read_model(request, CompletionRequest, limits.max_body_bytes, limits.body_idle)
         context = context_of(request.scope)
         context.model = body.model
+        self._service.check_room(model=body.model)
         asked = await self._requests(body, context, time_limit(request))
         if body.stream:
             return await open_stream(request, self._chunks(body, asked), limits)

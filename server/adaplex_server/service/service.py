@@ -9,9 +9,9 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
-from adaplex_adapters.errors import AdaplexError, InvalidRequest, Overloaded, Unavailable
+from adaplex_adapters.errors import AdaplexError, InvalidRequest, Unavailable
 from adaplex_server.caller import ANYONE, Caller
 from adaplex_server.engine.messages import EngineInfo, EngineStats
 from adaplex_server.service.access.gate import Gate
@@ -21,6 +21,7 @@ from adaplex_server.service.engine_client import EngineClient
 from adaplex_server.service.limits import MAX_CHOICES, SamplingRequest, build_sampling
 from adaplex_server.service.metrics import Metrics, RowInFlight, Sources
 from adaplex_server.service.registry import Registry
+from adaplex_server.service.room import Room
 from adaplex_server.service.series import reason_of
 from adaplex_server.service.settings import ServiceSettings
 from adaplex_server.service.text_codec import TextCodec
@@ -30,19 +31,21 @@ from adaplex_server.service.types import ServiceInfo, ServiceState
 from adaplex_server.vocabulary import Constraint, Delta, Finish, GenerateRequest
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 THREAD_CHARS = 8192
 """Longer texts are tokenized off the event loop (about a millisecond's work)."""
 DRAIN_RETRY_SECONDS = 5.0
+_ANSWERED = ("stop", "length")
 NO_STATS = EngineStats(**dict.fromkeys(EngineStats.__struct_fields__, 0))
 
 
-def _refusals_are_counted(ask: Callable[P, GenerateRequest]) -> Callable[P, GenerateRequest]:
+def _refusals_are_counted(ask: Callable[P, R]) -> Callable[P, R]:
     """Of a service's method with a keyword `model`: errors are counted, under the name if it is one of ours."""
 
     @functools.wraps(ask)
-    def counting(*args: P.args, **kwargs: P.kwargs) -> GenerateRequest:
+    def counting(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return ask(*args, **kwargs)
         except AdaplexError as error:
@@ -88,9 +91,7 @@ class Service:
         self._phase: ServiceState = "starting"
         self._problem = ""
         self._started = time.time()
-        self._rows = 0
-        # Smoothed seconds of a whole request: what a retry hint is made of.
-        self._pace = 1.0
+        self._room = Room()
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -177,6 +178,18 @@ class Service:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     @_refusals_are_counted
+    def check_room(self, *, model: str) -> None:
+        """Raises Overloaded if a request would be refused for want of room: to be asked before its prompt is tokenized,
+        so that a server that is asked too much spends nothing on what it cannot serve.
+        """
+        info = self._engine.state.info
+        if info is not None:
+            self._room.check(model, 1, self._places(info))
+
+    def _places(self, info: EngineInfo) -> int:
+        return self.settings.max_inflight or info.max_rows + info.max_waiting
+
+    @_refusals_are_counted
     def request(
         self,
         *,
@@ -247,23 +260,19 @@ class Service:
         link, info = self._engine.link(), self._engine_info()
         model, revision = request.model, self.registry.resolve(request.model)
         _check(request, info)
-        room = self.settings.max_inflight or info.max_rows + info.max_waiting
-        if request.n > room:
-            raise InvalidRequest(f"n is {request.n}, but this server takes {room} rows at once", param="n")
-        if self._rows + request.n > room:
-            hint = min(60.0, max(1.0, round(self._pace / 2, 1)))
-            raise Overloaded(
-                f"{self._rows} rows are under way and {room} is the limit; try again in {hint:g} s", retry_after=hint
-            )
+        places = self._places(info)
+        if request.n > places:
+            raise InvalidRequest(f"n is {request.n}, but this server takes {places} rows at once", param="n")
+        self._room.check(model, request.n, places)
         lease = self.gate.admit(request.caller, self.registry.adapters_of(model), len(request.prompt))
         answer = Answer(request, link, self.text, self.metrics.series(model), lease, self.settings.row_buffer)
         for _ in range(request.n):
-            self._rows += 1
+            self._room.begin(model)
             if revision is not None:
                 self.registry.begin_use(model, revision)
 
         def row_ended() -> None:
-            self._rows -= 1
+            self._room.end(model)
             if revision is not None:
                 self.registry.end_use(model, revision)
 
@@ -286,7 +295,8 @@ class Service:
         answer.close()
         answer.lease.release()
         seconds = time.monotonic() - answer.began
-        self._pace += 0.1 * (seconds - self._pace)
+        if answer.outcome in _ANSWERED:
+            self._room.answered(seconds)
         answer.series.ended(answer.outcome)
         answer.series.whole_request.observe(seconds)
         if answer.trace is not None:

@@ -162,6 +162,9 @@ class FakeService:
     async def check(self, constraint: Any) -> None:
         pass
 
+    def check_room(self, *, model: str) -> None:
+        pass
+
     async def encode(self, text: str, *, add_special: bool = True) -> tuple[int, ...]:
         return tuple(self.text.encode(text))
 

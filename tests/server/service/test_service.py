@@ -59,7 +59,7 @@ async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> No
 
 
 def rows(service: Service) -> int:
-    return service._rows
+    return service._room.total
 
 
 async def test_base_answers_under_its_names(service: Service) -> None:
@@ -152,6 +152,8 @@ async def test_flood_is_refused_at_once_with_a_hint(service: Service) -> None:
     with pytest.raises(Overloaded) as refused:
         await anext(service.generate(asked(service)))
     assert refused.value.retry_after and refused.value.retry_after >= 1
+    with pytest.raises(Overloaded):
+        service.check_room(model="tiny")
     with pytest.raises(InvalidRequest, match="12 rows"):
         await anext(service.generate(asked(service, n=13)))
     await asyncio.gather(*(stream.aclose() for stream in streams))
