@@ -86,12 +86,15 @@ def test_mixed_rows(
         assert torch.equal(alone, got[own]), "a row's bits depend on its neighbours"
 
 
-@pytest.mark.parametrize("width", [100, 300])
+@pytest.mark.parametrize(("width", "targets"), [(100, 1), (300, 2)])
 def test_with_the_activation_in_the_same_pass(
-    width: int, dtype: torch.dtype, device: torch.device, check: Callable[..., None]
+    width: int, targets: int, dtype: torch.dtype, device: torch.device, check: Callable[..., None]
 ) -> None:
-    """Near what the formulas say, and without an adapter the very same."""
-    made, tokens = pool(96, ((0, width), (width, 2 * width)), dtype, device), sum(count for count, _ in ROWS)
+    """Near what the formulas say, and without an adapter the very same; with one target where adapters have the linear
+    as a whole.
+    """
+    spans = ((0, 2 * width),) if targets == 1 else ((0, width), (width, 2 * width))
+    made, tokens = pool(96, spans, dtype, device), sum(count for count, _ in ROWS)
     x = torch.randn(tokens, 96, dtype=dtype, device=device)
     y = torch.randn(tokens, 2 * width, dtype=dtype, device=device)
     got, expected = expand_activation(y, expansion(made, x, ROWS, 64), "silu"), y.double()
