@@ -34,6 +34,11 @@ class Answered:
             return 0.0
         return (self.seconds - self.first_token) / (self.tokens - 1)
 
+    @property
+    def ended(self) -> float:
+        """When, in seconds of the run."""
+        return self.at + self.late + self.seconds
+
     def within(self, first_token: float, per_token: float) -> bool:
         """Answered rightly, and in time."""
         timely = self.first_token is not None and self.first_token <= first_token and self.per_token <= per_token

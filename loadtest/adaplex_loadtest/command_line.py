@@ -115,10 +115,11 @@ def run(
 @app.command("overload")
 def overload_command(
     url: Url = "http://127.0.0.1:8000",
+    grpc: Grpc = None,
     models: Models = None,
     seconds: Seconds = 20.0,
     multiples: Annotated[str, typer.Option(help="Of the capacity, with commas, the highest last.")] = "0.5,0.8,1,2",
-    burst: Annotated[int, typer.Option(help="Requests at once that measure the capacity: the server's rows.")] = 64,
+    streams: Annotated[int, typer.Option(help="Clients of the closed loop that measures the capacity.")] = 64,
     zipf: Zipf = 1.0,
     prompt: PromptWords = 16,
     output: OutputTokens = 32,
@@ -137,11 +138,11 @@ def overload_command(
         )
         steps = tuple(float(part) for part in multiples.split(","))
         lines = await overload.sweep(
-            Target(url, None, timeout=timeout), traffic, Objective(first_token, per_token), steps, burst
+            Target(url, grpc, timeout=timeout), traffic, Objective(first_token, per_token), steps, streams
         )
         if html:
             curve = {
-                name: [(line["offered_per_second"], line[name]) for line in lines[:-1]]
+                name: [(line["offered_per_second"], line[name]) for line in lines[1:-1]]
                 for name in ("goodput_per_second", "offered_per_second")
             }
             html.write_text(

@@ -7,7 +7,6 @@ and how much later than due it was sent is reported: if that is not small, the g
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,16 +35,18 @@ class Target:
     seed: int = 0
 
 
-async def run(target: Target, arrivals: Sequence[Arrival]) -> list[Answered]:
-    """All of them, in the order of the arrivals; returns when the last has ended."""
+async def run(target: Target, arrivals: Sequence[Arrival], first: int = 0) -> list[Answered]:
+    """All of them, in the order of the arrivals; returns when the last has ended. first: the first one's number, by
+    which prompts differ, and which protocol comes first.
+    """
     loop, rng = asyncio.get_running_loop(), random.Random(target.seed)
-    protocols = itertools.cycle(("http", "grpc") if target.grpc else ("http",))
+    protocols = ("http", "grpc") if target.grpc else ("http",)
     channel = grpc.aio.insecure_channel(target.grpc) if target.grpc else None
     began = loop.time()
     tasks = []
-    for number, arrival in enumerate(arrivals):
+    for number, arrival in enumerate(arrivals, first):
         await asyncio.sleep(max(0.0, began + arrival.at - loop.time()))
-        told = Answered(arrival.at, arrival.model, next(protocols))  # type: ignore[arg-type]
+        told = Answered(arrival.at, arrival.model, protocols[number % len(protocols)])  # type: ignore[arg-type]
         told.late = max(0.0, loop.time() - began - arrival.at)
         hang_up = rng.uniform(0.05, 1.5) if rng.random() < target.hang_ups else None
         tasks.append(asyncio.create_task(_one(target, channel, arrival, number, told, hang_up)))

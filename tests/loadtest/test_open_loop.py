@@ -19,6 +19,7 @@ from adaplex_loadtest.arrivals import Arrival, Lengths, Traffic, poisson, read_t
 from adaplex_loadtest.html_report import page, plots_of_run
 from adaplex_loadtest.load_figures import Objective, by_model, figures
 from adaplex_loadtest.open_loop import Target
+from adaplex_loadtest.overload import Goodput, closed_loop, goodput
 from adaplex_loadtest.process_watch import Sample
 from adaplex_loadtest.questions import questions_for
 from adaplex_loadtest.soak import Plan, leaks, not_at_rest, slope
@@ -154,3 +155,20 @@ def test_a_replaced_adapter_that_keeps_its_slot_is_told() -> None:
     assert not not_at_rest(gauges)
     (found,) = not_at_rest(gauges | {"adaplex_adapters_resident": 3.0})
     assert found.startswith("3 adapters are on the device") and not_at_rest(gauges | {"adaplex_kv_pages_used": 1.0})
+
+
+def test_overload_counts_a_steady_window() -> None:
+    """Of 10 s the first 2 are not counted, nor what ends after the last arrival."""
+    seen = [replace(answered_in(0.5, 0.05), at=at) for at in (0.5, 3.0, 5.0, 9.5)]
+    assert goodput(seen, 10.0, Objective(1.0, 0.1)) == Goodput(requests=0.25, tokens=1.2)
+    assert goodput(seen, 10.0, Objective(0.1, 0.1)).requests == 0
+
+
+async def test_a_closed_loop_has_one_request_a_client() -> None:
+    server = Server(0.02)
+    listening = await asyncio.start_server(server.handle, "127.0.0.1", 0)
+    async with listening:
+        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        answered = await closed_loop(Target(url), TRAFFIC, 3, 0.5)
+    assert len(answered) >= 6 and {one.model for one in answered} <= set(TRAFFIC.models)
+    assert len({one.at for one in answered}) == len(answered) and max(one.at for one in answered) < 0.5
