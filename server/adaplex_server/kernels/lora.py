@@ -50,16 +50,12 @@ class LoraPages:
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """Which tokens of a step have which adapter, laid out for the device: tiles on CUDA, linear -> groups elsewhere.
-
-    side: the stream in which a captured step multiplies with A, beside the base's product.
-    """
+    """Which tokens of a step have which adapter, laid out for the device: tiles on CUDA, linear -> groups elsewhere."""
 
     stacks: Mapping[str, LoraStack]
     pages: LoraPages
     tiles: LoraTiles | None
     groups: Mapping[str, tuple[lora_cpu.BoundGroup, ...]]
-    side: torch.cuda.Stream | None = None
 
 
 def plan_lora(
@@ -67,7 +63,6 @@ def plan_lora(
     pages: LoraPages,
     row_tokens: Sequence[int],
     row_slots: Sequence[int],
-    side: torch.cuda.Stream | None = None,
 ) -> LoraPlan | None:
     """For the rows of a step; None when no row has an adapter (a negative slot is none).
 
@@ -78,7 +73,7 @@ def plan_lora(
     device = pages.slot_pages.device
     if device.type == "cuda":
         tiles = lora_tiles(row_tokens, row_slots, lambda slot: len(pages.host_pages[slot]), device)
-        return LoraPlan(stacks, pages, tiles, {}, side)
+        return LoraPlan(stacks, pages, tiles, {})
     pool_pages = next(iter(stacks.values())).b.shape[1] // pages.page_rows
     groups = lora_cpu.group(row_tokens, row_slots, pages.host_pages, pages.page_rows, pool_pages)
     bound = {
@@ -119,17 +114,26 @@ def expansion(x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> Expan
     return Expansion(h, b, stack.spans, slots, tiles)
 
 
-def shrunk(x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> Shrunk:
-    """On a GPU, for a plan with the slots of all tokens: what the adapters add, as far as it does not need the base's
-    product.
-    """
-    from adaplex_server.kernels.gpu.shrink import shrink
+def unshrunk(x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> Shrunk:
+    """On a GPU, for a plan with the slots of all tokens: what the adapters add, but for h, which `shrink` computes."""
+    from adaplex_server.kernels.gpu.shrink import empty_h
 
     stack, pages, tiles = plan.stacks[linear], plan.pages, plan.tiles
     assert tiles is not None
+    h = empty_h(x, tiles.max_pages, pages.page_rows, len(stack.spans))
     where = pages.slot_pages, pages.slot_page_count
-    h = shrink(x, stack.a[layer], *where, tiles.order, tiles.tiles, tiles.tile_tokens, tiles.max_pages, pages.page_rows)
     return Shrunk(h, stack.b[layer], stack.scaling[layer], stack.spans, *where, pages.page_rows, tiles)
+
+
+def shrink(found: Shrunk, x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> None:
+    """h of what `unshrunk` gave, while the base's product of x, launched just before, still runs."""
+    from adaplex_server.kernels.gpu.shrink import shrink
+
+    tiles = found.tiles
+    shrink(
+        x, plan.stacks[linear].a[layer], found.h, found.slot_pages, found.slot_page_count, tiles.order, tiles.tiles,
+        tiles.tile_tokens, tiles.max_pages, found.page_rows,
+    )  # fmt: skip
 
 
 def reference(

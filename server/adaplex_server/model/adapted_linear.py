@@ -13,8 +13,8 @@ import torch
 
 from adaplex_server.kernels import dense
 from adaplex_server.kernels.factors import FactorPlan, scale_inputs, scale_outputs
-from adaplex_server.kernels.finish import OutputScale, Shrunk, Unfinished, finish_activation
-from adaplex_server.kernels.lora import LoraPlan, add_lora, add_lora_and_activate, shrunk
+from adaplex_server.kernels.finish import OutputScale, Unfinished, finish_activation
+from adaplex_server.kernels.lora import LoraPlan, add_lora, add_lora_and_activate, shrink, unshrunk
 from adaplex_server.kernels.lora_tiles import FEW_TOKENS
 from adaplex_server.model.factors import INPUT_LINEARS
 from adaplex_server.model.formats.dense import DenseLinear
@@ -59,18 +59,11 @@ def adapted_linear(
 
 
 def _few(base: Linear, x: torch.Tensor, lora: LoraPlan | None, linear: str, layer: int) -> Unfinished:
-    if lora is None:
-        return _unfinished(base, x, None)
-    side = lora.side if torch.cuda.is_current_stream_capturing() else None
-    if side is None:
-        return _unfinished(base, x, shrunk(x, lora, linear, layer))
-    current = torch.cuda.current_stream(x.device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        found = shrunk(x, lora, linear, layer)
-    result = _unfinished(base, x, found)
-    current.wait_stream(side)
-    return result
+    found = None if lora is None else unshrunk(x, lora, linear, layer)
+    parts, bias = _product(base, x)
+    if lora is not None and found is not None:
+        shrink(found, x, lora, linear, layer)
+    return Unfinished(parts, x.dtype, bias, found)
 
 
 def adapted_activation(
@@ -87,11 +80,6 @@ def adapted_activation(
     if lora is None or factors is not None or not gated or not x.is_cuda or x.shape[0] <= FEW_TOKENS:
         return finish_activation(adapted_linear(base, x, lora, linear, layer, factors), activation, gated)
     return add_lora_and_activate(base(x), x, lora, linear, layer, activation)
-
-
-def _unfinished(base: Linear, x: torch.Tensor, found: Shrunk | None) -> Unfinished:
-    parts, bias = _product(base, x)
-    return Unfinished(parts, x.dtype, bias, found)
 
 
 def _product(base: Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

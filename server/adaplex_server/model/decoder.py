@@ -292,14 +292,12 @@ class _LoraPlanner:
             for name, linear in pool.linears.items()
         }
         self._pages = LoraPages(pool.slot_pages, pool.slot_page_count, RANK_PAGE, pool.host_pages)
-        device = pool.slot_pages.device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last: tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, ...]]] | None = None
         self._plan: LoraPlan | None = None
 
     def of(self, tiles: LoraTiles) -> LoraPlan:
         """A plan for tiles that were made elsewhere (on a GPU)."""
-        return LoraPlan(self._stacks, self._pages, tiles, {}, self._side)
+        return LoraPlan(self._stacks, self._pages, tiles, {})
 
     def plan(self, row_tokens: tuple[int, ...], row_slots: tuple[int, ...]) -> LoraPlan | None:
         """The plan of a step with these rows."""
@@ -315,6 +313,6 @@ class _LoraPlanner:
             and all(old is new for old, new in zip(self._last[2], pages, strict=True))
         )
         if not same:
-            self._plan = plan_lora(self._stacks, self._pages, row_tokens, row_slots, self._side)
+            self._plan = plan_lora(self._stacks, self._pages, row_tokens, row_slots)
             self._last = (row_tokens, row_slots, pages)
         return self._plan

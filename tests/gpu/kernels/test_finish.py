@@ -15,7 +15,7 @@ from adaplex_server.kernels.finish import OutputScale, Shrunk, Unfinished
 from adaplex_server.kernels.gpu import shrink as shrinking
 from adaplex_server.kernels.gpu.finish import finish, finish_activation, finish_rotary, fits_rotary
 from adaplex_server.kernels.gpu.finish_norm import finish_add_norm
-from adaplex_server.kernels.gpu.shrink import segments, shrink
+from adaplex_server.kernels.gpu.shrink import empty_h, segments, shrink
 from adaplex_server.kernels.norm import reference as norm_reference
 from support.lora_pool import RANK_PAGE, RANKS, Pool, pool, tiles_of
 
@@ -63,8 +63,9 @@ class Case:
         shrunk = None
         if tiles is not None:
             made = self.pool
-            h = shrink(
-                x, made.a, made.slot_pages, made.slot_page_count, tiles.order, tiles.tiles, tiles.tile_tokens,
+            h = empty_h(x, tiles.max_pages, RANK_PAGE, len(made.spans))
+            shrink(
+                x, made.a, h, made.slot_pages, made.slot_page_count, tiles.order, tiles.tiles, tiles.tile_tokens,
                 tiles.max_pages, RANK_PAGE,
             )  # fmt: skip
             pages = made.slot_pages, made.slot_page_count

@@ -47,6 +47,7 @@ __device__ __forceinline__ void produce(const Pipe &pipe, const TensorMap *x, co
   if (static_cast<int>(blockIdx.x) < tiles)
     for (int i = 0; i < ahead; i++) fetch_w(pipe, w, i, i, blockIdx.x);
   wait_for_previous_launch();
+  allow_next_launch();  // x is there: the next launch may read it too
   Turn turn = {0, 1};
   bool first = true;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -111,7 +112,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     barrier_init_fence();
   }
   __syncthreads();
-  allow_next_launch();
   int token = blockIdx.z * TOKENS;
   if (group == GROUPS) {
     if (threadIdx.x == CONSUMERS) produce(pipe, &x, &w, steps, tiles, token);

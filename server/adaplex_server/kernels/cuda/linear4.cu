@@ -151,6 +151,7 @@ __device__ __forceinline__ void produce(const Pipe &pipe, const Work &work, cons
   int ahead = min(work.count, STAGES);
   for (int i = 0; i < ahead; i++) fetch_weights(pipe, work, work.first + i, i, policy);
   wait_for_previous_launch();
+  allow_next_launch();  // x is there: the next launch may read it too
   for (int i = 0; i < ahead; i++) fetch_x(pipe, map, work.first + i, token, i);
   int slot = 0;
   u32 phase = 0;
@@ -288,7 +289,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     barrier_init_fence();
   }
   __syncthreads();
-  allow_next_launch();
   if (group == GROUPS) {
     if (CONSUMER_REGISTERS > 0) fewer_registers<32>();
     Work work = {words, scales, zeros, blocks, span, static_cast<int>(blockIdx.y) * GROUPS, first, count};

@@ -17,6 +17,8 @@ def dependent_launch() -> bool:
 
     A kernel launched so must call `gdc_wait` in every program before it reads what another kernel wrote, writes, or
     returns: until then only what no kernel of a step writes may be read (weights, adapters, the step's inputs).
+    The one exception is `kernels.gpu.shrink`, which reads what the product in front of it reads: a kernel that
+    multiplies with the base's weights lets its successor begin only when its own input is there.
     """
     return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 

@@ -1,8 +1,8 @@
 """The first half of LoRA for few tokens on the GPU: h = A x, each token with its own adapter's A.
 
 A program has one page (8 rank rows) of one adapter and the tokens of one tile, and goes through a segment of K with
-everything in registers, so that an adapter is read once a tile, many bytes in flight at once. The first loads of A do
-not depend on x and begin before the kernel that makes x has ended.
+everything in registers, so that an adapter is read once a tile, many bytes in flight at once. It runs beside the base's
+product with the same x, launched after it.
 
 The order of a token's sums follows from K alone: as the registers lie within a segment, then segment by segment in
 whoever reads h. (Products of 16-bit numbers are exact in float32, so that it does not matter whether the compiler fuses
@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from adaplex_server.kernels.gpu.launch import cdiv, dependent, next_power_of_2, unfused
 
 _SEGMENT = 8192
-_STEP = 2048
+_STEP = 1024
 _WARP = 256
 _LANES = tl.constexpr(8)
 """Neighbours in K that one thread holds."""
@@ -30,9 +30,16 @@ def segments(k: int) -> int:
     return cdiv(k, _SEGMENT)
 
 
+def empty_h(x: torch.Tensor, max_pages: int, rank_page: int, targets: int) -> torch.Tensor:
+    """Memory for the h of x [T, K]."""
+    rows = max_pages * rank_page * targets
+    return torch.empty(segments(x.shape[1]), x.shape[0], rows, dtype=torch.float32, device=x.device)
+
+
 def shrink(
     x: torch.Tensor,
     a: torch.Tensor,
+    h: torch.Tensor,
     slot_pages: torch.Tensor,
     slot_page_count: torch.Tensor,
     order: torch.Tensor,
@@ -40,15 +47,17 @@ def shrink(
     tile_tokens: int,
     max_pages: int,
     rank_page: int,
-) -> torch.Tensor:
+) -> None:
     """x [T, K] to h [segments(K), T, max_pages * rank_page * G] float32: row i * G + g for rank row i of target g, not
     scaled; rows beyond an adapter's own, and tokens without one, are left unwritten.
+
+    To be launched right after a product of x with the base's weights, and h made (`empty_h`) before it: the kernel
+    begins while that product runs, whose own scratch must not become h.
 
     a: [pool rows, G, K] of one layer; the rest as in `kernels.lora_tiles.LoraTiles` and `model.adapter_pool`.
     """
     tokens, (targets, k) = x.shape[0], a.shape[1:]
-    parts, rows = segments(k), max_pages * rank_page * targets
-    h = torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
+    parts, _, rows = h.shape
     segment = cdiv(cdiv(k, parts), _WARP) * _WARP
     steps = cdiv(segment, _STEP)
     block = next_power_of_2(cdiv(segment, steps))
@@ -58,7 +67,6 @@ def shrink(
             K=k, TARGETS=targets, RANK_PAGE=rank_page, SEGMENT=segment, STEPS=steps, BLOCK=block, TOKENS=tile_tokens,
             num_warps=max(1, block // _WARP), **dependent(), **(unfused() if x.dtype == torch.float32 else {}),
         )  # fmt: skip
-    return h
 
 
 # What changes from step to step must not ask for another compilation.
@@ -84,7 +92,14 @@ def _shrink(
     TOKENS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """RANK_PAGE consecutive rows of one page over one segment of K, for the tokens of one tile."""
+    """RANK_PAGE consecutive rows of one page over one segment of K, for the tokens of one tile.
+
+    With programmatic launches x is there from the beginning, and the successor may begin to load B. That the product in
+    front has ended is what one program waits for in the name of all, as the successor waits for all of this kernel.
+    """
+    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
+    if PDL:
+        gdc_launch_dependents()
     begin = tl.load(tiles_ptr + tl.program_id(0) * 3)
     count = tl.load(tiles_ptr + tl.program_id(0) * 3 + 1)
     slot = tl.load(tiles_ptr + tl.program_id(0) * 3 + 2)
@@ -93,7 +108,8 @@ def _shrink(
     page = tl.load(pages_ptr + tl.maximum(slot, 0) * pages_stride + index).to(tl.int64)
     if (count == 0) | (slot < 0) | (index >= pages):
         if PDL:
-            gdc_wait()
+            if first:
+                gdc_wait()
         return
     i = tl.arange(0, RANK_PAGE)
     t = tl.arange(0, TOKENS)
@@ -106,9 +122,6 @@ def _shrink(
     token = tl.load(order_ptr + begin + t, mask=live, other=0)
     x_rows = x_ptr + token.to(tl.int64)[:, None, None] * x_stride
     a = tl.load(a_rows + (begin_k + lane), mask=begin_k + lane < end_k, other=0.0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     x = tl.load(x_rows + (begin_k + lane), mask=live[:, None, None] & (begin_k + lane < end_k), other=0.0)
     total = tl.zeros((TOKENS, RANK_PAGE, BLOCK // _LANES), tl.float32)
     for step in tl.static_range(STEPS):
@@ -123,3 +136,6 @@ def _shrink(
         total += tl.sum(tl.reshape(product, (TOKENS, RANK_PAGE, BLOCK // _LANES, _LANES)), 3)
     out = h_ptr + (tl.program_id(2) * tokens + token).to(tl.int64) * rows + tl.program_id(1) * RANK_PAGE
     tl.store(out[:, None] + i[None, :], tl.sum(total, 2), mask=live[:, None])
+    if PDL:
+        if first:
+            gdc_wait()
