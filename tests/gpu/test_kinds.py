@@ -59,7 +59,14 @@ GEMMA = {
     "sliding_window": 12,
     "query_pre_attn_scalar": 96,
 }
-CASES = [(LLAMA, "nf4", torch.bfloat16), (LLAMA, "gptq", torch.float16), (GEMMA, "nf4", torch.bfloat16)]
+# Adapters have its q, k and v as one linear, and its gate and up.
+PHI = {**LLAMA, "model_type": "phi3"}
+CASES = [
+    (LLAMA, "nf4", torch.bfloat16),
+    (LLAMA, "gptq", torch.float16),
+    (GEMMA, "nf4", torch.bfloat16),
+    (PHI, "gptq", torch.bfloat16),
+]
 BESIDE = 5
 """So many of `adapters_of`, at its end, change the embedding or the head."""
 
@@ -170,7 +177,7 @@ def _decode(rows: list[RowInput]) -> DecodeRows:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["llama3", "gemma2", "gpt_neox-sequential", "opt", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama3", "gemma2", "gpt_neox-sequential", "opt", "gpt2", "phi3"])
 def test_near_the_cpu(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder, rng = tmp_path_factory.mktemp(kind), random.Random(torch.initial_seed())
     save_tiny(folder, kind)
