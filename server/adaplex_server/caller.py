@@ -42,6 +42,17 @@ class Caller:
     def may(self, verb: Verb) -> bool:
         return verb in self.verbs
 
+    @property
+    def owner(self) -> str | None:
+        """To whom files and jobs belong that this caller makes: whoever the key was made for, so that a new key of
+        theirs takes them over. None where no key is needed.
+        """
+        return None if self.key is None else self.name
+
+    def may_see(self, owner: str | None) -> bool:
+        """Files and jobs of this owner: one's own, and everybody's without a key or with one for all models."""
+        return self.key is None or "*" in self.models or (owner is not None and owner == self.owner)
+
     def may_name(self, model: str) -> bool:
         """Whether this model is in the key's scope."""
         return any(fnmatchcase(model, pattern) for pattern in self.models)

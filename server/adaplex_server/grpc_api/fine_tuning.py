@@ -40,20 +40,21 @@ class FineTuningServicer(pb_grpc.FineTuningServicer):
                             raise InvalidRequest("the first message must hold the file's name", param="file_name")
                         name = request.file_name
                         continue
+                    if request.WhichOneof("part") != "data":
+                        raise InvalidRequest("every message after the first must hold data", param="data")
                     received += len(request.data)
                     if received > MAX_FILE_BYTES:
                         raise RequestTooLarge(f"the file is larger than {MAX_FILE_BYTES} bytes", param="data")
                     await asyncio.to_thread(out.write, request.data)
             if name is None:
                 raise InvalidRequest("no message came; the first must hold the file's name", param="file_name")
-            kept = await asyncio.to_thread(store.take, path, name, "fine-tune")
+            owner = caller_of(context, self._service.gate).owner
+            kept = await asyncio.to_thread(store.take, path, name, "fine-tune", owner)
         return pb.File(id=kept.id, file_name=kept.filename, size_bytes=kept.nbytes, sha256=kept.digest)
 
     @unary
     async def CreateJob(self, request: pb.CreateJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         caller = caller_of(context, self._service.gate)
-        if request.adapter:
-            self._service.gate.check_name(caller, request.adapter)
         job = await self._service.training.create(
             training_file=request.training_file,
             validation_file=request.validation_file or None,
@@ -61,41 +62,46 @@ class FineTuningServicer(pb_grpc.FineTuningServicer):
             options={name: _value(name, text) for name, text in request.options.items()},
             seed=request.seed if request.HasField("seed") else None,
             register_worse=request.register_worse,
-            owner=caller.key,
+            caller=caller,
             metadata={},
         )
         return _told(job)
 
     @unary
     async def ListJobs(self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext) -> pb.ListJobsResponse:
-        return pb.ListJobsResponse(jobs=[_told(job) for job in self._service.training.rows.jobs()])
+        jobs = self._service.training.jobs_of(caller_of(context, self._service.gate))
+        return pb.ListJobsResponse(jobs=[_told(job) for job in jobs])
 
     @unary
     async def GetJob(self, request: pb.JobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return _told(self._service.training.rows.job(request.id))
+        return _told(self._job(request, context))
 
     @unary
     async def CancelJob(self, request: pb.JobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return _told(await self._service.training.cancel(request.id))
+        return _told(await self._service.training.cancel(self._job(request, context).id))
 
     @unary
     async def PauseJob(self, request: pb.JobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return _told(await self._service.training.pause(request.id))
+        return _told(await self._service.training.pause(self._job(request, context).id))
 
     @unary
     async def ResumeJob(self, request: pb.JobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return _told(await self._service.training.resume(request.id))
+        return _told(await self._service.training.resume(self._job(request, context).id))
 
     @streaming
     async def WatchJob(self, request: pb.JobRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.JobEvent]:
-        async for event in self._service.training.watch(request.id):
+        async for event in self._service.training.watch(self._job(request, context).id):
             yield _event(event)
+
+    def _job(self, request: pb.JobRequest, context: grpc.aio.ServicerContext) -> Job:
+        """Which the request names, if the caller may see it."""
+        return self._service.training.job(request.id, caller_of(context, self._service.gate))
 
 
 def _value(name: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InvalidRequest(f"the option {name[:60]!a} is {text[:60]!a}, which is not JSON", param="options") from None
 
 

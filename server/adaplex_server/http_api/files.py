@@ -12,6 +12,7 @@ from starlette.responses import FileResponse, Response
 from adaplex_adapters.durable import disk_errors
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.http_api.body import limited_body
+from adaplex_server.http_api.context import context_of
 from adaplex_server.http_api.multipart import PartBegin, PartData, split_parts
 from adaplex_server.http_api.operation import Operation, json_response
 from adaplex_server.http_api.paging import page
@@ -71,7 +72,8 @@ class Files:
     async def list_all(self, request: Request) -> Response:
         """The newest first; `purpose` chooses."""
         purpose = request.query_params.get("purpose")
-        files = [one for one in self._service.training.rows.files() if purpose in (None, one.purpose)]
+        files = self._service.training.files_of(context_of(request.scope).caller)
+        files = tuple(one for one in files if purpose in (None, one.purpose))
         shown, more = page(request, files, 10_000)
         first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
         return json_response(FileList([_told(one) for one in shown], more, first, last))
@@ -81,26 +83,31 @@ class Files:
         store = self._service.training.files
         with store.incoming() as path:
             filename, purpose = await self._receive(request, path)
-            return json_response(_told(await asyncio.to_thread(store.take, path, filename, purpose)))
+            owner = context_of(request.scope).caller.owner
+            return json_response(_told(await asyncio.to_thread(store.take, path, filename, purpose, owner)))
 
     async def describe(self, request: Request) -> Response:
         """One of them."""
-        return json_response(_told(self._service.training.rows.file(request.path_params["file_id"])))
+        return json_response(_told(self._file(request)))
 
     async def delete(self, request: Request) -> Response:
         """Answered when it is gone."""
-        file_id = request.path_params["file_id"]
+        file_id = self._file(request).id
         await asyncio.to_thread(self._service.training.files.remove, file_id)
         return json_response(FileDeleted(file_id))
 
     async def content(self, request: Request) -> Response:
         """Its bytes, never shown by a browser as a page of this server's."""
-        file = self._service.training.rows.file(request.path_params["file_id"])
+        file = self._file(request)
         path = self._service.training.files.path(file.id)
         return FileResponse(
             path, media_type="application/octet-stream", filename=file.filename,
             headers={"X-Content-Type-Options": "nosniff"},
         )  # fmt: skip
+
+    def _file(self, request: Request) -> StoredFile:
+        """Which the path names, if the caller may see it."""
+        return self._service.training.file(request.path_params["file_id"], context_of(request.scope).caller)
 
     async def _receive(self, request: Request, path: Path) -> tuple[str, str]:
         """The file's bytes into `path`; its name and purpose."""

@@ -79,8 +79,6 @@ class FineTuningJobs:
                 f"The model {body.model[:96]!a} cannot be fine-tuned here; the base of this server is '{info.base}'.",
                 param="model",
             )
-        if body.suffix:
-            self._service.gate.check_name(caller, body.suffix)
         job = await self._service.training.create(
             training_file=body.training_file,
             validation_file=body.validation_file,
@@ -88,35 +86,35 @@ class FineTuningJobs:
             options=_options(body),
             seed=body.seed,
             register_worse=body.register_worse,
-            owner=caller.key,
+            caller=caller,
             metadata=body.metadata or {},
         )
         return json_response(_told(job))
 
     async def list_all(self, request: Request) -> Response:
         """The newest first."""
-        shown, more = page(request, self._service.training.rows.jobs())
+        shown, more = page(request, self._service.training.jobs_of(context_of(request.scope).caller))
         return json_response(JobList([_told(job) for job in shown], more))
 
     async def describe(self, request: Request) -> Response:
         """One of them."""
-        return json_response(_told(self._service.training.rows.job(request.path_params["job_id"])))
+        return json_response(_told(self._job(request)))
 
     async def cancel(self, request: Request) -> Response:
         """Its process is killed and what it has made is deleted."""
-        return json_response(_told(await self._service.training.cancel(request.path_params["job_id"])))
+        return json_response(_told(await self._service.training.cancel(self._job(request).id)))
 
     async def pause(self, request: Request) -> Response:
         """Its process keeps a checkpoint and ends."""
-        return json_response(_told(await self._service.training.pause(request.path_params["job_id"])))
+        return json_response(_told(await self._service.training.pause(self._job(request).id)))
 
     async def resume(self, request: Request) -> Response:
         """It is queued again."""
-        return json_response(_told(await self._service.training.resume(request.path_params["job_id"])))
+        return json_response(_told(await self._service.training.resume(self._job(request).id)))
 
     async def events(self, request: Request) -> Response:
         """The newest first; with `stream=true`, from the first one on until the job has ended."""
-        rows, job = self._service.training.rows, self._service.training.rows.job(request.path_params["job_id"])
+        rows, job = self._service.training.rows, self._job(request)
         if request.query_params.get("stream") == "true":
             return await open_stream(request, _stream(self._service.training.watch(job.id)), self._settings)
         limit = wanted(request, 20)
@@ -125,10 +123,14 @@ class FineTuningJobs:
 
     async def checkpoints(self, request: Request) -> Response:
         """The newest first."""
-        rows, job = self._service.training.rows, self._service.training.rows.job(request.path_params["job_id"])
+        rows, job = self._service.training.rows, self._job(request)
         shown, more = page(request, [_checkpoint(one, job.adapter) for one in rows.checkpoints(job.id)], 10)
         first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
         return json_response(CheckpointList(shown, more, first, last))
+
+    def _job(self, request: Request) -> types.Job:
+        """Which the path names, if the caller may see it."""
+        return self._service.training.job(request.path_params["job_id"], context_of(request.scope).caller)
 
 
 def _options(body: CreateJob) -> dict[str, Any]:

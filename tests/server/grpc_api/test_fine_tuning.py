@@ -30,7 +30,10 @@ async def stub(tmp_path: Path) -> AsyncIterator[Any]:
         return "ab" * 32
 
     command = (sys.executable, str(TRAINER))
-    training = FineTuning(TrainingSettings(folder=tmp_path, base=tmp_path, base_name="b", command=command), register)
+    settings = TrainingSettings(
+        folder=tmp_path, base=tmp_path, base_name="b", command=command, check_options=lambda options: None
+    )
+    training = FineTuning(settings, register)
     await training.open()
     service = SimpleNamespace(gate=Gate(None, Limits()), training=training, registry=None)
     server = GrpcServer(cast("Any", service), "127.0.0.1", 0, 1 << 20)

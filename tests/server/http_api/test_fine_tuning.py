@@ -24,8 +24,9 @@ def training(service: Any, tmp_path: Path) -> None:
         return str(service.registry.add(name, "trainer").revision)
 
     settings = TrainingSettings(
-        folder=tmp_path, base=tmp_path, base_name="org/base", command=(sys.executable, str(TRAINER))
-    )
+        folder=tmp_path, base=tmp_path, base_name="org/base", command=(sys.executable, str(TRAINER)),
+        check_options=lambda options: None,
+    )  # fmt: skip
     service.training = FineTuning(settings, register)
 
 
@@ -80,6 +81,7 @@ def test_from_upload_to_chatting_with_the_new_model(client: openai.OpenAI) -> No
 
 def test_events_as_a_stream_end_with_the_job(client: openai.OpenAI, http: httpx.Client) -> None:
     job = client.fine_tuning.jobs.create(model="base", training_file=uploaded(client))
+    assert job.adapter.startswith("base-")  # of org/base
     with http.stream("GET", f"/v1/fine_tuning/jobs/{job.id}/events", params={"stream": "true"}) as answer:
         lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]"

@@ -45,7 +45,7 @@ class FileStore:
         finally:
             path.unlink(missing_ok=True)
 
-    def take(self, source: Path, filename: str, purpose: str) -> StoredFile:
+    def take(self, source: Path, filename: str, purpose: str, owner: str | None = None) -> StoredFile:
         """Keep a file that lies on the same disk (it is moved). Raises InvalidRequest for an unknown purpose."""
         if purpose not in PURPOSES:
             raise InvalidRequest(f"purpose is {purpose[:60]!a}; known are {', '.join(PURPOSES)}", param="purpose")
@@ -56,7 +56,7 @@ class FileStore:
             sync(source)
             os.rename(source, self._root / file_id)
             sync(self._root)
-        stored = StoredFile(file_id, Path(filename).name[:255] or "file", purpose, nbytes, digest, time.time())
+        stored = StoredFile(file_id, Path(filename).name[:255] or "file", purpose, nbytes, digest, time.time(), owner)
         self._rows.add_file(stored)
         return stored
 

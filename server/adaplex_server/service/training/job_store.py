@@ -20,11 +20,11 @@ from adaplex_server.service.training.types import Checkpoint, Job, JobError, Job
 _SCHEMA = Schema(
     what="The file of training jobs",
     application=0x4144504A,  # "ADPJ"
-    version=1,
+    version=2,
     statements="""
     CREATE TABLE files (
         id TEXT PRIMARY KEY, filename TEXT NOT NULL, purpose TEXT NOT NULL, nbytes INTEGER NOT NULL,
-        digest TEXT NOT NULL, created REAL NOT NULL
+        digest TEXT NOT NULL, created REAL NOT NULL, owner TEXT
     ) STRICT;
     CREATE TABLE jobs (id TEXT PRIMARY KEY, created REAL NOT NULL, status TEXT NOT NULL, body TEXT NOT NULL) STRICT;
     CREATE INDEX jobs_by_time ON jobs (created);
@@ -37,9 +37,10 @@ _SCHEMA = Schema(
         PRIMARY KEY (job, step)
     ) STRICT;
     """,
+    upgrades={1: "ALTER TABLE files ADD COLUMN owner TEXT;"},
     advice="restore it from a backup, or move it and the folders 'files' and 'jobs' beside it away.",
 )
-_FILE_COLUMNS = "id, filename, purpose, nbytes, digest, created"
+_FILE_COLUMNS = "id, filename, purpose, nbytes, digest, created, owner"
 
 
 class JobStore:
@@ -57,14 +58,14 @@ class JobStore:
 
     def add_file(self, file: StoredFile) -> None:
         with self._lock, changing(self._connection, "Recording the file") as connection:
-            values = (file.id, file.filename, file.purpose, file.nbytes, file.digest, file.created)
-            connection.execute(f"INSERT INTO files ({_FILE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", values)
+            values = (file.id, file.filename, file.purpose, file.nbytes, file.digest, file.created, file.owner)
+            connection.execute(f"INSERT INTO files ({_FILE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def file(self, file_id: str) -> StoredFile:
         """Raises NotFound."""
         rows = self._select(f"SELECT {_FILE_COLUMNS} FROM files WHERE id = ?", file_id)
         if not rows:
-            raise NotFound(f"There is no file {file_id[:60]!a}; GET /v1/files lists them.", param="file_id")
+            raise no_file(file_id)
         return StoredFile(*rows[0])
 
     def files(self) -> tuple[StoredFile, ...]:
@@ -100,7 +101,7 @@ class JobStore:
         """Raises NotFound."""
         rows = self._select("SELECT body FROM jobs WHERE id = ?", job_id)
         if not rows:
-            raise NotFound(f"There is no fine-tuning job {job_id[:60]!a}.", param="fine_tuning_job_id")
+            raise no_job(job_id)
         return _job(rows[0][0])
 
     def jobs(self) -> tuple[Job, ...]:
@@ -143,6 +144,16 @@ class JobStore:
     def _select(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock, sqlite_errors("Reading the training jobs"):
             return self._connection.execute(query, values).fetchall()
+
+
+def no_file(file_id: str) -> NotFound:
+    """In the words that hide whether it is somebody else's."""
+    return NotFound(f"There is no file {file_id[:60]!a}; GET /v1/files lists them.", param="file_id")
+
+
+def no_job(job_id: str) -> NotFound:
+    """The same of a job."""
+    return NotFound(f"There is no fine-tuning job {job_id[:60]!a}.", param="fine_tuning_job_id")
 
 
 def _job(body: str) -> Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Ledger:
         self._changed = asyncio.Condition()
         # Held from reading a job to recording its new state.
         self._editing = asyncio.Lock()
+        self._sealed: set[str] = set()
 
     def job_folder(self, job_id: str) -> Path:
         """Where a job's process works."""
@@ -43,14 +45,17 @@ class Ledger:
         job_id: str,
         *words: Told,
         only: Collection[str] | None = None,
+        by_client: bool = False,
         checkpoints: Sequence[Checkpoint] = (),
         **fields: Any,
     ) -> Job:
         """Record a job's new fields and what is to be told of them. Raises Conflict unless its status is one of
-        `only`.
+        `only`, or if a client wants to change one that is sealed.
         """
         async with self._editing:
             job = self.rows.job(job_id)
+            if by_client and job_id in self._sealed:
+                raise Conflict(f"the job {job_id} is trained and its adapter is being registered: it ends in a moment")
             if only is not None and job.status not in only:
                 raise Conflict(f"the job {job_id} is {job.status}; this needs one that is {' or '.join(sorted(only))}")
             job = replace(job, **fields)
@@ -58,6 +63,16 @@ class Ledger:
         async with self._changed:
             self._changed.notify_all()
         return job
+
+    @asynccontextmanager
+    async def sealed(self, job_id: str, only: Collection[str]) -> AsyncIterator[None]:
+        """No client changes the job for the time of the `with`. Raises Conflict unless its status is one of `only`."""
+        self._sealed.add(job_id)
+        try:
+            await self.edit(job_id, only=only)  # after what clients have begun to change
+            yield
+        finally:
+            self._sealed.discard(job_id)
 
     async def watch(self, job_id: str) -> AsyncIterator[JobEvent]:
         """Every event of a job, those to come included, until it has ended or is paused."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adaplex_adapters.durable import disk_errors
-from adaplex_adapters.errors import AdaplexError, Conflict, error_named
+from adaplex_adapters.errors import AdaplexError, Conflict, StorageFailed, Unavailable, error_named
 from adaplex_adapters.training.job_terms import EVENTS, FAILED, JOB, PAUSED, RESULT, SUCCEEDED, VERSION
 from adaplex_server.service.training import told
 from adaplex_server.service.training.ledger import Ledger
@@ -48,10 +48,13 @@ class JobRunner:
         """A job has been queued."""
         self._wake.set()
 
-    def interrupt(self, job_id: str, *, kill: bool) -> None:
-        """If this job is being trained, end its process: at once, or after it has kept a checkpoint."""
+    def interrupt(self, job_id: str, *, kill: bool) -> bool:
+        """If this job is being trained, end its process: at once, or after it has kept a checkpoint. False: it is not,
+        and nobody here clears up after it.
+        """
         if self._running and self._running[0] == job_id:
             self._running[1].kill() if kill else self._running[1].pause()
+        return self._running is not None and self._running[0] == job_id
 
     async def close(self) -> None:
         """Have the running job keep a checkpoint; it goes on at the next start."""
@@ -64,21 +67,46 @@ class JobRunner:
 
     async def _work(self) -> None:
         while not self._closing:
-            queued = [job for job in self._ledger.rows.jobs() if job.status == "queued"]
-            if not queued:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            job = min(queued, key=lambda one: (one.created, one.id))
             try:
-                await self._train(job)
-            except Conflict:  # it was paused or cancelled meanwhile
-                continue
-            except AdaplexError as error:
-                await self._fail(job.id, JobError(error.code or "error", error.message, error.param))
-            except Exception:
-                log.exception("a bug: the job %s could not be run", job.id)
-                await self._fail(job.id, JobError("internal_error", "the server has a bug; its log has the trace"))
+                queued = [job for job in self._ledger.rows.jobs() if job.status == "queued"]
+                if not queued:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                await self._train_or_fail(min(queued, key=lambda one: (one.created, one.id)))
+            except StorageFailed as error:  # nothing can be recorded now: the jobs are worth waiting for
+                log.error("training waits for the disk: %s", error.message)
+                await asyncio.sleep(self._settings.retry_seconds)
+
+    async def _train_or_fail(self, job: Job) -> None:
+        try:
+            await self._train(job)
+        except Conflict:  # it was paused or cancelled meanwhile
+            if self._ledger.rows.job(job.id).status == "cancelled":
+                await asyncio.to_thread(shutil.rmtree, self._ledger.job_folder(job.id), ignore_errors=True)
+        except StorageFailed as error:
+            log.error("the job %s could not be recorded: %s", job.id, error.message)
+            await self._later(job.id)
+        except AdaplexError as error:
+            await self._fail(job.id, JobError(error.code or "error", error.message, error.param))
+        except Exception:
+            log.exception("a bug: the job %s could not be run", job.id)
+            await self._fail(job.id, JobError("internal_error", "the server has a bug; its log has the trace"))
+
+    async def _later(self, job_id: str) -> None:
+        """The disk failed: queue the job again as soon as that can be recorded, unless it has failed too often."""
+        while not self._closing:
+            await asyncio.sleep(self._settings.retry_seconds)
+            with contextlib.suppress(StorageFailed):
+                job = self._ledger.rows.job(job_id)
+                if job.attempts >= self._settings.attempts:
+                    message = f"the disk failed while the job was trained, {job.attempts} times"
+                    return await self._fail(job_id, JobError("storage_failed", message))
+                said = word("The disk failed; the job goes on from its last checkpoint.", "warn")
+                with contextlib.suppress(Conflict):
+                    await self._ledger.edit(job_id, said, only={"running", "queued"}, status="queued")
+                return None
+        return None
 
     async def _train(self, job: Job) -> None:
         """One life of a job's process, from its start to what its end means. Raises Conflict when a client has changed
@@ -111,8 +139,8 @@ class JobRunner:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         elif job.status != "running":
             return
-        elif code == SUCCEEDED and last is not None and last.type == "succeeded":
-            await self._finish(job, folder, last.result)
+        elif code == SUCCEEDED and (told_last := last or await self._told_last(job.id)).type == "succeeded":
+            await self._finish(job, folder, told_last.result)
         elif code == PAUSED:
             said = word("The trainer was stopped; the job goes on later.")
             await self._ledger.edit(job.id, said, only={"running"}, status="queued", attempts=job.attempts - 1)
@@ -136,23 +164,44 @@ class JobRunner:
     async def _finish(self, job: Job, folder: Path, result: told.Result) -> None:
         """Register the result if it is wanted, keep its files, and only then say that the job has succeeded."""
         words, revision = [], None
-        if result.better_than_base or job.register_worse:
-            revision = await self._register(job.adapter, folder / RESULT)
-            words.append(word(f"The adapter is served as '{job.adapter}'."))
-        else:
-            what = "On the held-out rows the adapter is no better than the base, so it is not served"
-            words.append(word(f"{what}; register_worse: true would serve it.", "warn"))
-        kept = await asyncio.to_thread(self._keep_files, folder)
-        words.append(word("The job has successfully completed."))
-        await self._ledger.edit(
-            job.id, *words, only={"running"}, status="succeeded", finished=time.time(), revision=revision,
-            result_files=kept, trained_tokens=result.tokens, estimated_finish=None,
-        )  # fmt: skip
+        async with self._ledger.sealed(job.id, only={"running"}):
+            if result.better_than_base or job.register_worse:
+                revision = await self._registered(job, folder)
+                words.append(word(f"The adapter is served as '{job.adapter}'."))
+            else:
+                what = "On the held-out rows the adapter is no better than the base, so it is not served"
+                words.append(word(f"{what}; register_worse: true would serve it.", "warn"))
+            kept = await asyncio.to_thread(self._keep_files, job, folder)
+            words.append(word("The job has successfully completed."))
+            await self._ledger.edit(
+                job.id, *words, only={"running"}, status="succeeded", finished=time.time(), revision=revision,
+                result_files=kept, trained_tokens=result.tokens, estimated_finish=None,
+            )  # fmt: skip
 
-    def _keep_files(self, folder: Path) -> tuple[str, ...]:
+    async def _registered(self, job: Job, folder: Path) -> str:
+        """The revision under which it is served. An engine that is being started again is waited for: what it took
+        hours to train is not lost for that. Raises Conflict when the server closes meanwhile; it goes on then at the
+        next start.
+        """
+        while True:
+            try:
+                return await self._register(job.adapter, folder / RESULT)
+            except Unavailable as error:
+                if self._closing:
+                    raise Conflict("the server is shutting down") from error
+                await asyncio.sleep(min(error.retry_after or 1.0, self._settings.retry_seconds))
+
+    def _keep_files(self, job: Job, folder: Path) -> tuple[str, ...]:
         """Report, card and plots as files of their own; the adapter itself is in the store, if it is served."""
         found = sorted(path for path in (folder / RESULT).iterdir() if path.suffix in _REPORTS)
-        return tuple(self._ledger.files.take(path, path.name, "fine-tune-results").id for path in found)
+        return tuple(self._ledger.files.take(path, path.name, "fine-tune-results", job.owner).id for path in found)
+
+    async def _told_last(self, job_id: str) -> told.Line:
+        """What the trainer has told at its end, where that was recorded in a former life of this server: it tells
+        nothing twice.
+        """
+        batch = await asyncio.to_thread(told.read_lines, self._ledger.job_folder(job_id) / EVENTS, 0)
+        return batch.lines[-1] if batch.lines else told.Line(0.0, "message")
 
     async def _listen(self, job_id: str) -> told.Line | None:
         """Record what the trainer has said since the last time; its last line."""
@@ -185,9 +234,16 @@ class JobRunner:
         return batch.lines[-1]
 
     async def _fail(self, job_id: str, error: JobError) -> None:
-        said = word(f"The job failed: {error.message}", "error")
-        now = time.time()
-        await self._ledger.edit(job_id, said, status="failed", finished=now, error=error, estimated_finish=None)
+        """Say so as soon as the disk takes it; what a client has made of the job meanwhile stands."""
+        said, only = word(f"The job failed: {error.message}", "error"), {"running", "queued"}
+        fields: dict[str, Any] = {"finished": time.time(), "error": error, "estimated_finish": None}
+        while not self._closing:
+            try:
+                with contextlib.suppress(Conflict):
+                    await self._ledger.edit(job_id, said, only=only, status="failed", **fields)
+                return
+            except StorageFailed:
+                await asyncio.sleep(self._settings.retry_seconds)
 
     def _prepare(self, job: Job, folder: Path) -> None:
         """The job's folder, as its process wants to find it."""

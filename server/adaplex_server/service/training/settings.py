@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from adaplex_server.service.training.job_options import check_options
 from adaplex_server.service.training.trainer_process import COMMAND
 
 
@@ -12,7 +15,7 @@ from adaplex_server.service.training.trainer_process import COMMAND
 class TrainingSettings:
     """folder: of files and jobs. base: the checkpoint that is served, and its name. memory: bytes of the trainer at
     most, None for what is free. threads: of the trainer on a CPU. attempts: starts of a process that crashes, before
-    its job fails.
+    its job fails. check_options: raises InvalidRequest for what no job may be given.
     """
 
     folder: Path
@@ -24,3 +27,4 @@ class TrainingSettings:
     attempts: int = 3
     retry_seconds: float = 5.0
     command: tuple[str, ...] = COMMAND
+    check_options: Callable[[Mapping[str, Any]], None] = check_options

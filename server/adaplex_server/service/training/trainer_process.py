@@ -6,7 +6,9 @@ What it does is told through the job's folder (`events.jsonl`), so that nothing 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import signal
 import sys
 from collections import deque
@@ -15,6 +17,7 @@ from pathlib import Path
 COMMAND = (sys.executable, "-m", "adaplex_server.service.training.child")
 _NICE = 10
 _TAIL_LINES = 20
+_LINE = 500
 
 
 class TrainerProcess:
@@ -36,7 +39,8 @@ class TrainerProcess:
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
         )
-        os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended already
+            os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)
         return cls(process)
 
     @property
@@ -65,6 +69,11 @@ class TrainerProcess:
             self._process.send_signal(number)
 
     async def _read(self) -> None:
+        """To the end, however long a line is: who writes to a full pipe stands still."""
         assert self._process.stdout
-        async for line in self._process.stdout:
-            self._tail.append(line.decode("utf-8", "replace").rstrip()[:500])
+        rest = ""
+        while chunk := await self._process.stdout.read(8192):
+            *lines, rest = re.split(r"[\r\n]+", rest + chunk.decode("utf-8", "replace"))
+            self._tail.extend(line[:_LINE] for line in lines if line.strip())
+            rest = rest[:_LINE]
+        self._tail.append(rest)

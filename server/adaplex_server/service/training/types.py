@@ -13,7 +13,7 @@ ENDED: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 
 @dataclass(frozen=True)
 class StoredFile:
-    """An uploaded file, or one that a job has made. digest: SHA-256 (hex) of its bytes."""
+    """An uploaded file, or one that a job has made. digest: SHA-256 (hex) of its bytes. owner: see `Caller.owner`."""
 
     id: str
     filename: str
@@ -21,6 +21,7 @@ class StoredFile:
     nbytes: int
     digest: str
     created: float
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class JobError:
 class Job:
     """One adapter to be trained. adapter: the name it will be served under. options: as the client wrote them.
 
-    register_worse: serve the result even if it is no better than the base on the held-out rows. owner: the API key
-    that made it. attempts: how often its process has been started. consumed: bytes of what that process has told.
+    register_worse: serve the result even if it is no better than the base on the held-out rows. owner: see
+    `Caller.owner`. attempts: how often its process has been started. consumed: bytes of what that process has told.
     step: the last one that was told. result_files: ids of files that it has made.
     """
 

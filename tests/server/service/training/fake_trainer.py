@@ -32,6 +32,8 @@ def on_term(*_: object) -> None:
 
 
 signal.signal(signal.SIGTERM, on_term)
+if options.get("once") and (folder / "result").exists():
+    sys.exit(0)
 tell("started", pid=os.getpid(), resumed_step=begun or None)
 tell("message", text=f"from step {begun}")
 for step in range(max(1, begun), options.get("steps", 3) + 1):  # the last step before a crash is told again

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from adaplex_adapters.errors import Conflict, InvalidAdapter, NotFound
+from adaplex_adapters.errors import (
+    Conflict,
+    InvalidAdapter,
+    InvalidRequest,
+    NotFound,
+    StorageFailed,
+    Unavailable,
+)
+from adaplex_server.caller import ANYONE, Caller
 from adaplex_server.service.training import runner
 from adaplex_server.service.training.fine_tuning import FineTuning
 from adaplex_server.service.training.settings import TrainingSettings
@@ -27,14 +35,21 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.settings = TrainingSettings(
-            folder=folder, base=folder / "base", base_name="tiny", command=COMMAND, retry_seconds=0.0
-        )
+            folder=folder, base=folder / "base", base_name="tiny", command=COMMAND, retry_seconds=0.0,
+            check_options=lambda options: None,
+        )  # fmt: skip
         self.registered: dict[str, Path] = {}
         self.refusal: Exception | None = None
+        self.refusals = 1 << 30
+        self.asked = 0
+        self.waits: asyncio.Event | None = None
         self.tuning = FineTuning(self.settings, self.register)
 
     async def register(self, name: str, folder: Path) -> str:
-        if self.refusal:
+        self.asked += 1
+        if self.waits is not None:
+            await self.waits.wait()
+        if self.refusal and self.asked <= self.refusals:
             raise self.refusal
         self.registered[name] = folder
         return "ab" * 32
@@ -52,7 +67,7 @@ class World:
         worse = options.pop("register_worse", False)
         return await self.tuning.create(
             training_file=self.upload(), validation_file=None, adapter="made", options=options, seed=1,
-            register_worse=worse, owner=None, metadata={},
+            register_worse=worse, caller=ANYONE, metadata={},
         )  # fmt: skip
 
     async def ended(self, job: Job) -> Job:
@@ -194,8 +209,113 @@ async def test_unknown_files_and_jobs(world: World) -> None:
     with pytest.raises(NotFound):
         await world.tuning.create(
             training_file="file-x", validation_file=None, adapter=None, options={}, seed=None, register_worse=False,
-            owner=None, metadata={},
+            caller=ANYONE, metadata={},
         )  # fmt: skip
     with pytest.raises(NotFound):
         await world.tuning.cancel("ftjob-x")
     assert world.tuning.rows.jobs() == ()
+
+
+async def test_an_engine_that_comes_back_registers_what_was_trained(world: World) -> None:
+    world.refusal, world.refusals = Unavailable("the engine is being started", retry_after=0.01), 2
+    done = await world.ended(await world.create())
+    assert (done.status, done.attempts, world.asked) == ("succeeded", 1, 3)
+
+
+@pytest.mark.parametrize("change", ["cancel", "pause"])
+async def test_a_job_that_is_being_registered_is_changed_by_nobody(world: World, change: str) -> None:
+    world.waits = asyncio.Event()
+    job = await world.create()
+    async with asyncio.timeout(10):
+        while not world.asked:
+            await asyncio.sleep(0.01)
+    with pytest.raises(Conflict, match="being registered"):
+        await getattr(world.tuning, change)(job.id)
+    world.waits.set()
+    assert (await world.ended(job)).status == "succeeded"
+
+
+async def test_a_result_that_was_told_before_a_restart_is_registered_after_it(world: World) -> None:
+    """The trainer tells its end once: a server that is killed while it registers the result finds it in the log."""
+    job = await world.create(once=True)
+    world.waits = asyncio.Event()
+    async with asyncio.timeout(10):
+        while not world.asked:
+            await asyncio.sleep(0.01)
+    opened = world.tuning._opened
+    assert opened is not None
+    opened[1]._worker.cancel()
+    await asyncio.sleep(0.05)
+    opened[0].rows.close()
+    world.waits = None
+    await world.again()
+    done = await world.ended(job)
+    assert (done.status, done.revision, done.attempts) == ("succeeded", "ab" * 32, 2)
+
+
+async def test_a_disk_that_fails_for_a_while_holds_jobs_up_and_loses_none(world: World) -> None:
+    opened = world.tuning._opened
+    assert opened is not None
+    record, failing = opened[0].rows.record, [3]
+
+    def full(*args: Any, **more: Any) -> None:
+        job = args[0]
+        if job.status != "queued" and failing[0]:
+            failing[0] -= 1
+            raise StorageFailed("database or disk is full")
+        record(*args, **more)
+
+    opened[0].rows.record = full  # type: ignore[method-assign]
+    jobs = [await world.create(), await world.create()]
+    assert [(await world.ended(job)).status for job in jobs] == ["succeeded", "succeeded"]
+    assert not failing[0]
+
+
+async def test_a_paused_job_that_is_cancelled_leaves_nothing(world: World) -> None:
+    job = await world.create(steps=500, pace=0.02)
+    await until(world, job, "running")
+    await world.tuning.pause(job.id)
+    folder = world.settings.folder / "jobs" / job.id
+    await asyncio.sleep(0.3)
+    await world.tuning.cancel(job.id)
+    async with asyncio.timeout(5):
+        while folder.exists():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_seed_among_the_options_is_the_jobs(world: World) -> None:
+    job = await world.tuning.create(
+        training_file=world.upload(), validation_file=None, adapter="made", options={"data_seed": "7", "steps": 1},
+        seed=None, register_worse=False, caller=ANYONE, metadata={},
+    )  # fmt: skip
+    assert (job.seed, dict(job.options)) == (7, {"steps": 1})
+
+
+async def test_files_and_jobs_belong_to_whom_their_key_was_made_for(world: World) -> None:
+    mine, theirs = (Caller(name, f"team-{name}", models=(f"{name}-*",)) for name in ("a", "b"))
+    successor, operator = Caller("c", "team-a", models=("a-*",)), Caller("d", "operator")
+    path = world.settings.folder / "upload"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    file = world.tuning.files.take(path, "train.jsonl", "fine-tune", mine.owner)
+
+    async def create(caller: Caller, name: str | None) -> Job:
+        return await world.tuning.create(
+            training_file=file.id, validation_file=None, adapter=name, options={}, seed=1, register_worse=False,
+            caller=caller, metadata={},
+        )  # fmt: skip
+
+    job = await create(mine, "a-made")
+    for caller in (mine, successor, operator, ANYONE):
+        assert world.tuning.file(file.id, caller) == file and world.tuning.job(job.id, caller).id == job.id
+        assert world.tuning.files_of(caller) and world.tuning.jobs_of(caller)
+    assert not world.tuning.files_of(theirs) and not world.tuning.jobs_of(theirs)
+    for ask in (lambda: world.tuning.file(file.id, theirs), lambda: world.tuning.job(job.id, theirs)):
+        with pytest.raises(NotFound):
+            ask()
+    with pytest.raises(NotFound):
+        await create(theirs, "b-made")
+    for name in (None, "b-made"):
+        with pytest.raises(InvalidRequest, match="none of these"):
+            await create(mine, name)
+    done = await world.ended(job)
+    assert {world.tuning.rows.file(one).owner for one in done.result_files} == {"team-a"}
