@@ -57,16 +57,16 @@ class Int8Weight:
 
 
 def quantize_absmax(weight: torch.Tensor) -> Int8Weight:
-    """weight: [N, K] floating point, on any device. A row of zeros stays one."""
-    wide = weight.float()
+    """weight: [N, K] floating point, of any strides, on any device. A row of zeros stays one."""
+    wide = weight.float().contiguous()
     scales = _quotient(wide.abs().amax(1, keepdim=True), 127)
     codes = (wide / scales.clamp(min=1e-38)).round_().clamp_(-127, 127).to(torch.int8)
     return Int8Weight(weight.shape[1], codes, scales, None)
 
 
 def quantize_zeropoint(weight: torch.Tensor) -> Int8Weight:
-    """weight: [N, K] floating point, on any device."""
-    wide = weight.float()
+    """weight: [N, K] floating point, of any strides, on any device."""
+    wide = weight.float().contiguous()
     low, high = wide.amin(1, keepdim=True).clamp_(max=0), wide.amax(1, keepdim=True).clamp_(min=0)
     scales = _quotient(high - low, 255).clamp_(min=1e-38)
     zeros = (-128 - low / scales).round_()

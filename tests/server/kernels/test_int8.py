@@ -66,3 +66,10 @@ def test_product_and_that_rows_keep_their_bits(rule: str, rows: int, columns: in
     assert (found.float() - expected).norm() <= (1e-6 if dtype == torch.float32 else 0.006) * expected.norm()
     for count in (1, 2, 3, 8, 17, 64):
         assert torch.equal(int8.linear(x[4 : 4 + count], weight, bias), found[4 : 4 + count]), count
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_transposed_weight_is_as_any_other(rule: str) -> None:
+    """As GPT-2's linears come; torch's kernel takes rows that lie together."""
+    weight, x = _weight(96, 64), torch.randn(3, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(int8.linear(x, RULES[rule](weight.T)), int8.linear(x, RULES[rule](weight.T.contiguous())))
