@@ -41,10 +41,15 @@ INSTALLATIONS = 2
 
 
 class Registry:
-    """The adapters of a service. `open` before use; until then it is empty."""
+    """The adapters of a service. `open` before use; until then it is empty. tells_names: whether anybody may know all
+    names, so that who asks for one that does not exist is told those that do.
+    """
 
-    def __init__(self, settings: ServiceSettings, engine: EngineClient) -> None:
+    def __init__(
+        self, settings: ServiceSettings, engine: EngineClient, tells_names: Callable[[], bool] = lambda: True
+    ) -> None:
         self._settings = settings
+        self._tells_names = tells_names
         self._engine = engine
         self._base_names = (settings.engine.base_name, *settings.aliases)
         self._limits = ReadLimits(max_rank=settings.engine.max_rank, max_file_bytes=settings.max_adapter_bytes)
@@ -181,6 +186,8 @@ class Registry:
         return any(entry.spec.revision == revision for entry in self._entries.values())
 
     def _unknown(self, name: str) -> ModelNotFound:
+        if not self._tells_names():
+            return ModelNotFound(f"the model {str(name)[:100]!a} does not exist; list those that do", param="model")
         names = [self._base_names[0], *sorted(set(self._entries) - set(self._failed))]
         more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
         return ModelNotFound(
@@ -296,7 +303,7 @@ class Registry:
         skip_same: bool = False,
     ) -> AdapterInfo:
         """Read, store, prove, record; then the name points at the new revision, and the old one may go."""
-        self._check_free(name)
+        self.check_free(name)
         catalogue = self._open_catalogue()
         async with self._installing, self._name_locks.hold(name):
             adapter = await read()
@@ -349,7 +356,8 @@ class Registry:
                 await self._let_go(entry.spec.revision)
             return info
 
-    def _check_free(self, name: str) -> None:
+    def check_free(self, name: str) -> None:
+        """Raises InvalidRequest or Conflict for what no adapter can be called here."""
         check_name(name)
         if name.lower() in {taken.lower() for taken in self._base_names}:
             raise Conflict(f"'{name}' is a name of the base; choose another for the adapter", param="name")

@@ -67,9 +67,11 @@ class Service:
     def __init__(self, settings: ServiceSettings, progress: Callable[[str, float], None] | None = None) -> None:
         self.settings = settings
         self._engine = EngineClient(settings, progress)
-        self.registry = Registry(settings, self._engine)
-        self.training = FineTuning(settings.training or _default_training(settings), self._serve_trained)
         self.gate = Gate(settings.keys, settings.adapter_limits)
+        self.registry = Registry(settings, self._engine, tells_names=lambda: self.gate.open)
+        self.training = FineTuning(
+            settings.training or _default_training(settings), self._serve_trained, self.registry.check_free
+        )
         self.metrics = Metrics(
             settings.engine.base_name,
             settings.adapter_labels,

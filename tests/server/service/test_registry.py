@@ -22,6 +22,8 @@ from adaplex_adapters.errors import (
     StartupError,
     StorageFailed,
 )
+from adaplex_server.caller import ANYONE, Caller
+from adaplex_server.service.access.key_store import KeyStore
 from adaplex_server.service.limits import SamplingRequest
 from adaplex_server.service.service import Service
 from adaplex_server.service.settings import ServiceSettings
@@ -53,6 +55,29 @@ async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+async def test_a_server_with_keys_tells_no_names_to_who_asks_for_a_wrong_one(running: Starter, tmp_path: Path) -> None:
+    keys = KeyStore(tmp_path / "keys.sqlite3")
+    service = await running(keys=keys)
+    with pytest.raises(ModelNotFound, match="there are: tiny"):
+        service.registry.describe("team-nothing")
+    keys.create(Caller(None, "team", models=("team-*",)), None)
+    with pytest.raises(ModelNotFound) as refused:
+        service.registry.describe("team-nothing")
+    assert "tiny" not in refused.value.message
+
+
+async def test_a_job_cannot_make_what_is_named_like_the_base(service: Service) -> None:
+    upload = service.settings.data_dir / "upload"
+    upload.write_text("{}")
+    file = service.training.files.take(upload, "x", "fine-tune")
+    with pytest.raises(Conflict, match="a name of the base"):
+        await service.training.create(
+            training_file=file.id, validation_file=None, adapter="Tiny", options={}, seed=1, register_worse=False,
+            caller=ANYONE, metadata={},
+        )  # fmt: skip
+    assert not service.training.rows.jobs()
 
 
 async def test_upload_is_served_listed_and_survives_a_restart(

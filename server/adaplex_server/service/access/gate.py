@@ -26,6 +26,11 @@ class Gate:
         self._adapter_limits = adapter_limits
         self._rates = Rates()
 
+    @property
+    def open(self) -> bool:
+        """Whether the server has no keys, and so nobody has secrets from anybody."""
+        return self._keys is None or not self._keys.records()
+
     def caller(self, authorization: str | None) -> Caller:
         """Whose key this `Authorization` value holds; ANYONE while the server has no keys. Raises
         AuthenticationFailed.
