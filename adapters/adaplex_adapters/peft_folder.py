@@ -46,11 +46,6 @@ def files_of(adapter: Adapter) -> Iterator[tuple[str, Iterator[memoryview]]]:
     yield TENSOR_FILE, serialize(tensors)
 
 
-def config_text(adapter: Adapter) -> str:
-    """adapter_config.json of the normalized form."""
-    return _text(_normalized(adapter)[0])
-
-
 def _text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
 

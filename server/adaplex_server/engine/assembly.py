@@ -28,7 +28,7 @@ from adaplex_server.engine.probe import PROBE_TOKENS, VIRTUAL_PROBE_TOKENS, Adap
 from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.settings import EngineSettings, with_step_tokens
 from adaplex_server.engine.step_batch import build_step
-from adaplex_server.model.adapter_image import RANK_PAGE, ImageLayout
+from adaplex_server.model.adapter_image import ImageLayout
 from adaplex_server.model.adapter_pool import AdapterPool, allocate_pool, bytes_per_page
 from adaplex_server.model.base import Base
 from adaplex_server.model.config import ModelConfig, read_config
@@ -88,7 +88,6 @@ def assemble(
         max_waiting=settings.max_waiting,
         page_size=settings.page_size,
         total_pages=parts.pool.total,
-        adapter_rank_rows=parts.slots.total_pages * RANK_PAGE,
         base_bytes=base.nbytes(),
         vocab_size=base.config.vocab_size,
     )

@@ -77,7 +77,6 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_waiting: int
     page_size: int
     total_pages: int
-    adapter_rank_rows: int
     base_bytes: int
     vocab_size: int
 

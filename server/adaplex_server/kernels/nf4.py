@@ -55,11 +55,6 @@ def code_values(kind: Kind, device: torch.device) -> torch.Tensor:
     return torch.tensor(_NF4 if kind == "nf4" else _FP4, dtype=torch.float32, device=device)
 
 
-def nf4_code(device: torch.device) -> torch.Tensor:
-    """NF4's 16 values, in ascending order."""
-    return code_values("nf4", device)
-
-
 @cache
 def _bounds(kind: Kind, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """[15] float32, what separates the values in ascending order, and [16] uint8, the codes in that order."""

@@ -70,7 +70,6 @@ class ModelConfig:
     alibi_scale: float | None
     biased_linears: frozenset[str]
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     dtype: str
     quantization: Mapping[str, Any] | None
 
@@ -128,7 +127,6 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], name: st
         alibi_scale=(scale if family.alibi_scaled else 1.0) if alibi else None,
         biased_linears=frozenset(linear for linear, switch in family.biases.items() if fields.switch(switch)),
         eos_token_ids=_token_ids(fields.count("vocab_size"), raw.get("eos_token_id"), generation.get("eos_token_id")),
-        bos_token_id=raw.get("bos_token_id"),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         quantization=None if quantization is None else MappingProxyType(dict(quantization)),
     )

@@ -189,7 +189,7 @@ class Service:
             self._room.check(model, 1, self._places(info))
 
     def _places(self, info: EngineInfo) -> int:
-        return self.settings.max_inflight or info.max_rows + info.max_waiting
+        return info.max_rows + info.max_waiting
 
     @_refusals_are_counted
     def request(

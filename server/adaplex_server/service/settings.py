@@ -31,15 +31,14 @@ class ServiceSettings:
 
     max_adapter_bytes: size of an adapter's tensor file at most.
 
-    max_inflight: rows admitted at once, None for engine.max_rows + engine.max_waiting. row_buffer: events kept for a
-    reader that is slower than the model, per row, before its request is ended. drain_seconds: how long running
-    requests may finish after SIGTERM. restart_first .. restart_longest: pauses before a lost engine is started again,
-    doubling; back to the first after healthy_after of health. stall_seconds: silence of an engine that has work, past
-    which it is killed and started again. adapter_labels: adapters that get metric series of
-    their own, the others are "other". keys: the API keys, None for a server that asks for none.
-    training: of fine-tuning jobs; None for the defaults, inside data_dir. adapter_limits: of
-    each adapter, over all callers. adapter_weights: names with another share of a busy engine than 1. engine_command:
-    what is started; the number of the inherited socket is appended. tracer: told of every request; None for none.
+    row_buffer: events kept for a reader that is slower than the model, per row, before its request is ended.
+    drain_seconds: how long running requests may finish after SIGTERM. restart_first .. restart_longest: pauses before a
+    lost engine is started again, doubling; back to the first after healthy_after of health. stall_seconds: silence of
+    an engine that has work, past which it is killed and started again. adapter_labels: adapters that get metric series
+    of their own, the others are "other". keys: the API keys, None for a server that asks for none. training: of
+    fine-tuning jobs; None for the defaults, inside data_dir. adapter_limits: of each adapter, over all callers.
+    adapter_weights: names with another share of a busy engine than 1. engine_command: what is started; the number of
+    the inherited socket is appended. tracer: told of every request; None for none.
     """
 
     data_dir: Path
@@ -49,7 +48,6 @@ class ServiceSettings:
     adapters_dir: Path | None = None
     chat_template: str | None = None
     max_adapter_bytes: int = 4 << 30
-    max_inflight: int | None = None
     row_buffer: int = 2048
     drain_seconds: float = 30.0
     restart_first: float = 0.5

@@ -35,11 +35,6 @@ class TextCodec:
         template = self._chat_template if isinstance(self._chat_template, str) else None
         self.tool_format: ToolFormat | None = recognize(template, self._control.ids)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `chat` can work at all."""
-        return self._chat_template is not None
-
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of a raw prompt. Control tokens written in it are control tokens: a raw prompt is the client's own.
 

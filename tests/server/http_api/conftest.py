@@ -54,7 +54,6 @@ ENGINE = EngineInfo(
     max_waiting=8,
     page_size=16,
     total_pages=64,
-    adapter_rank_rows=64,
     base_bytes=1,
     vocab_size=300,
 )

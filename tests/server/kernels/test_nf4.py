@@ -19,7 +19,7 @@ def _weight(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch
 
 def _ties() -> torch.Tensor:
     """Every bound between two codes, and the floats beside it, in blocks whose absmax is 1."""
-    code = nf4.nf4_code(CPU)
+    code = nf4.code_values("nf4", CPU)
     bounds = (code[:-1] + code[1:]) / 2
     around = torch.cat([bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0)), code])
     rows = torch.ones(4, 64)

@@ -49,7 +49,7 @@ class FakeEngine:
 
     def ready(self) -> None:
         send(self.sock, m.Progress("pretending", 0.5))
-        info = m.EngineInfo(os.getpid(), "cpu", "float32", "none", 100_000, 4, 8, 16, 64, 64, 1, self.vocab_size)
+        info = m.EngineInfo(os.getpid(), "cpu", "float32", "none", 100_000, 4, 8, 16, 64, 1, self.vocab_size)
         send(self.sock, m.Ready(info))
 
     def handle(self, message: m.ToEngine) -> bool:

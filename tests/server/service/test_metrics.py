@@ -14,7 +14,7 @@ from adaplex_server.service.metrics import Metrics, RowInFlight, Sources
 from adaplex_server.service.training.figures import TrainingFigures, running_job
 
 STATS = EngineStats(2, 3, 40, 10, 64, 5, 80, 512, 7, 1, 4, 30, 90, 11, 0.5, slots_total=8, host_adapter_bytes=4096)
-INFO = EngineInfo(1, "cuda:0", "bfloat16", "nf4", 2048, 64, 256, 16, 64, 512, 10**9, 1000)
+INFO = EngineInfo(1, "cuda:0", "bfloat16", "nf4", 2048, 64, 256, 16, 64, 10**9, 1000)
 
 
 def made(labels: int = 2, rows: Sequence[RowInFlight] = (), figures: EngineFigures | None = None) -> Metrics:

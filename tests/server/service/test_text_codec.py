@@ -90,7 +90,6 @@ def test_developer_is_system(codec: TextCodec) -> None:
 
 def test_missing_template_is_said(llama_like_folder: Path) -> None:
     codec = TextCodec(llama_like_folder)
-    assert not codec.has_chat_template
     with pytest.raises(InvalidRequest, match="no chat template"):
         codec.chat([{"role": "user", "content": "x"}])
     given_one = TextCodec(llama_like_folder, chat_template="{{ messages[0].content }}")
