@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _OF_ROWS = 1 / 32
-_OF_STEPS = 1 / 8
+_OF_STEPS = 1 / 32
 _LONGEST = 60.0
 _SHORTEST = 0.1
 
@@ -11,8 +11,9 @@ _SHORTEST = 0.1
 class Pace:
     """Owns the mean number of steps that a row takes and the mean time of a step, both of the last ones.
 
-    The time of a step follows a change of load within a few steps; that of whole rows would follow it only when they
-    have ended, which is too late for those who come meanwhile.
+    The time of a step follows a change of load within some dozens of steps, over which steps with and without prompts
+    are averaged; that of whole rows would follow it only when they have ended, which is too late for those who come
+    meanwhile.
     """
 
     def __init__(self) -> None:

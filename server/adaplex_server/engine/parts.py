@@ -79,6 +79,7 @@ def connect(
         page_size=settings.page_size,
         vocab_size=vocab_size,
         eos=eos,
+        prompt_turns=executor.graphs is not None,
     )
     scheduler = Scheduler(limits, cache, slots, placement)
     residency = Residency(scheduler, placement, slots, hosts, cache, device(probe_pages), send)

@@ -30,6 +30,7 @@ from adaplex_server.engine.messages import RowEnd, RowToken, Submit
 from adaplex_server.engine.pace import Pace
 from adaplex_server.engine.placement import Placement
 from adaplex_server.engine.prefix_cache import PrefixCache
+from adaplex_server.engine.prompt_turns import PromptTurns
 from adaplex_server.engine.row import Outcome, Row, Work, work_on
 from adaplex_server.engine.row_pages import RowPages
 from adaplex_server.engine.waiting import WaitingRows
@@ -45,7 +46,7 @@ class Limits:
 
     eos: the model's own end tokens. max_context: tokens of a row, prompt and answer. vocab_size: token ids end below.
     max_wait: seconds in the queue: a row that is expected to wait for longer is refused at once, and one that has
-    waited for longer, then; None for no such limit.
+    waited for longer, then; None for no such limit. prompt_turns: rows begin together after pauses (see `PromptTurns`).
     """
 
     max_rows: int
@@ -57,6 +58,7 @@ class Limits:
     vocab_size: int
     eos: frozenset[int] = frozenset()
     max_wait: float | None = None
+    prompt_turns: bool = False
 
 
 class Scheduler:
@@ -78,6 +80,7 @@ class Scheduler:
         self._arrivals = 0
         self._events = Events()
         self._pace = Pace()
+        self._turns = PromptTurns() if limits.prompt_turns else None
 
     # ---- what comes from outside -------------------------------------------------------------------------------------
 
@@ -186,7 +189,8 @@ class Scheduler:
         decoding = [row for row in self._begun.running if row.remaining == 1][:budget]
         work = {row: work_on(row, 1) for row in decoding if self._begun.grow(row)}
         budget -= len(work)
-        if self.preemptions == preemptions:
+        their_turn = self._turns is None or self._turns.may_begin(now)
+        if self.preemptions == preemptions and (their_turn or not work):
             self._admit(budget, now)
         for row in self._begun.running if budget > 0 else ():
             if row in work or self._pages.full(row):
@@ -202,6 +206,8 @@ class Scheduler:
             one.row.ahead += one.samples
             one.row.unsettled += 1
         self._pace.plan(now, busy=bool(planned))
+        if self._turns is not None:
+            self._turns.plan(now, sum(one.count for one in planned if one.count > 1), busy=bool(planned))
         return planned
 
     def commit(self, work: Work, outcome: Outcome, now: float) -> None:

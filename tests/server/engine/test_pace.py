@@ -33,7 +33,7 @@ def test_a_wait_is_the_time_of_the_rows_before() -> None:
 def test_a_wait_follows_the_time_of_steps_within_some_of_them() -> None:
     pace = Pace()
     fill(pace, 40, 0.1)
-    fill(pace, 40, 0.3, rows=20)
+    fill(pace, 40, 0.3, rows=60)
     assert pace.wait(7, 8) > 10
 
 
