@@ -15,7 +15,7 @@ from adaplex_adapters.kinds.factored import REFUSED, Parts, check_fields, check_
 from adaplex_adapters.kinds.reading import Reading, Source
 from adaplex_adapters.peft_config import rank_problem
 from adaplex_adapters.peft_fields import CONFIG_FILE, FieldRules
-from adaplex_adapters.problems import Gathered, raise_if_any
+from adaplex_adapters.problems import Gathered, raise_if_any, shown
 from adaplex_adapters.spec import KIND_VERA, Adapter, LoraModule
 from adaplex_adapters.targeting import TARGET_FIELDS
 from adaplex_adapters.tensor_keys import by_module, incomplete
@@ -74,7 +74,7 @@ def _shared_problems(shared: Mapping[str, torch.Tensor], rank: int) -> Iterator[
                 "differs between versions. Save it with save_projection=True."
             )
         elif shared[name].dim() != 2 or shared[name].shape[axis] != rank or 0 in shared[name].shape:
-            yield f"{name} has shape {list(shared[name].shape)}, but {CONFIG_FILE} gives it rank {rank}."
+            yield f"{name} has shape {list(shared[name].shape)}, but {CONFIG_FILE} gives it rank {shown(rank)}."
 
 
 def _shape_problems(path: str, part: Parts, shared: Mapping[str, torch.Tensor], rank: int) -> Iterator[str]:

@@ -87,6 +87,7 @@ CASES: list[tuple[str, dict[str, Any], Callable[[Tensors], Any] | None, str]] = 
     ("prefix_tuning", {"num_layers": None}, None, "has no num_layers"),
     ("vera", {}, drop("base_model.vera_A"), "save_projection"),
     ("vera", {"r": 5}, None, "gives it rank 5"),
+    ("vera", {"r": "A" * 5000}, None, r"A{90,120}\.\.\.; a rank.*A{90,120}\.\.\.\.$"),
     ("vera", {}, put(f"{Q0}vera_lambda_d", 5), r"vera_lambda_d .* \[5\]"),
     ("loha", {"r": 17}, None, "rank 17"),
     ("loha", {}, put(f"{Q0}hada_t1", 2, 2), "hada_t1"),
