@@ -18,8 +18,6 @@ from adaplex_server.grpc_api.errors import streaming, unary
 from adaplex_server.service.service import Service
 from adaplex_server.service.training.types import Job, JobEvent
 
-MAX_FILE_BYTES = 512 << 20
-
 
 class FineTuningServicer(pb_grpc.FineTuningServicer):
     """Owns nothing; every rule is the service's."""
@@ -31,7 +29,7 @@ class FineTuningServicer(pb_grpc.FineTuningServicer):
     async def UploadFile(
         self, requests: AsyncIterator[pb.UploadFileRequest], context: grpc.aio.ServicerContext
     ) -> pb.File:
-        store, name, received = self._service.training.files, None, 0
+        store, most, name, received = self._service.training.files, self._service.training.max_file_bytes, None, 0
         with store.incoming() as path:
             with disk_errors("Storing the upload"), path.open("wb") as out:
                 async for request in requests:
@@ -43,8 +41,9 @@ class FineTuningServicer(pb_grpc.FineTuningServicer):
                     if request.WhichOneof("part") != "data":
                         raise InvalidRequest("every message after the first must hold data", param="data")
                     received += len(request.data)
-                    if received > MAX_FILE_BYTES:
-                        raise RequestTooLarge(f"the file is larger than {MAX_FILE_BYTES} bytes", param="data")
+                    if received > most:
+                        what = f"the file is larger than {most} bytes, which is the most this server takes"
+                        raise RequestTooLarge(what, param="data")
                     await asyncio.to_thread(out.write, request.data)
             if name is None:
                 raise InvalidRequest("no message came; the first must hold the file's name", param="file_name")

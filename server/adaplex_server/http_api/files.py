@@ -111,7 +111,7 @@ class Files:
 
     async def _receive(self, request: Request, path: Path) -> tuple[str, str]:
         """The file's bytes into `path`; its name and purpose."""
-        limit = self._settings.max_training_file_bytes
+        limit = self._service.training.max_file_bytes
         chunks = limited_body(request, limit, self._settings.body_idle, "file")
         texts: dict[str, bytes] = {}
         filename, field = None, None

@@ -31,8 +31,9 @@ async def stub(tmp_path: Path) -> AsyncIterator[Any]:
 
     command = (sys.executable, str(TRAINER))
     settings = TrainingSettings(
-        folder=tmp_path, base=tmp_path, base_name="b", command=command, check_options=lambda options: None
-    )
+        folder=tmp_path, base=tmp_path, base_name="b", command=command, max_file_bytes=200,
+        check_options=lambda options: None,
+    )  # fmt: skip
     training = FineTuning(settings, register)
     await training.open()
     service = SimpleNamespace(gate=Gate(None, Limits()), training=training, registry=None)
@@ -44,10 +45,10 @@ async def stub(tmp_path: Path) -> AsyncIterator[Any]:
     await training.close()
 
 
-async def uploaded(stub: Any) -> Any:
+async def uploaded(stub: Any, rows: int = 3) -> Any:
     async def parts() -> AsyncIterator[pb.UploadFileRequest]:
         yield pb.UploadFileRequest(file_name="rows.jsonl")
-        for _ in range(3):
+        for _ in range(rows):
             yield pb.UploadFileRequest(data=b'{"prompt": "a", "completion": "b"}\n')
 
     return await stub.UploadFile(parts())
@@ -75,6 +76,7 @@ async def test_changes_and_errors(stub: Any) -> None:
     assert (await stub.CancelJob(pb.JobRequest(id=job.id))).status == "cancelled"
     for call, code in (
         (stub.CancelJob(pb.JobRequest(id=job.id)), grpc.StatusCode.FAILED_PRECONDITION),
+        (uploaded(stub, rows=6), grpc.StatusCode.INVALID_ARGUMENT),
         (stub.GetJob(pb.JobRequest(id="ftjob-x")), grpc.StatusCode.NOT_FOUND),
         (stub.CreateJob(pb.CreateJobRequest(training_file="file-x")), grpc.StatusCode.NOT_FOUND),
         (

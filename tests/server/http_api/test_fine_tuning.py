@@ -25,7 +25,7 @@ def training(service: Any, tmp_path: Path) -> None:
 
     settings = TrainingSettings(
         folder=tmp_path, base=tmp_path, base_name="org/base", command=(sys.executable, str(TRAINER)),
-        check_options=lambda options: None,
+        check_options=lambda options: None, max_file_bytes=2000,
     )  # fmt: skip
     service.training = FineTuning(settings, register)
 
@@ -112,4 +112,7 @@ def test_bad_requests_say_what_is_wrong(client: openai.OpenAI, http: httpx.Clien
     assert http.get("/v1/fine_tuning/jobs", params={"after": "ftjob-x"}).status_code == 400
     parts = {"purpose": (None, "fine-tune"), "other": ("x", b"y")}
     assert http.post("/v1/files", files=parts).status_code == 400
+    with pytest.raises(openai.APIStatusError, match="larger than 2000 bytes") as large:
+        client.files.create(file=("rows.jsonl", ROWS * 100), purpose="fine-tune")
+    assert large.value.status_code == 413
     assert len(client.fine_tuning.jobs.list().data) == 0

@@ -69,6 +69,11 @@ class FineTuning:
         """Raises Unavailable while the server starts."""
         return self._parts()[0].files
 
+    @property
+    def max_file_bytes(self) -> int:
+        """Of a file that is uploaded, by whichever skin."""
+        return self._settings.max_file_bytes
+
     def origin(self, revision: str) -> Origin | None:
         """Of an adapter that a job here has made."""
         rows = self.rows

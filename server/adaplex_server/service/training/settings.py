@@ -15,7 +15,8 @@ from adaplex_server.service.training.trainer_process import COMMAND
 class TrainingSettings:
     """folder: of files and jobs. base: the checkpoint that is served, and its name. memory: bytes of the trainer at
     most, None for what is free. threads: of the trainer on a CPU. attempts: starts of a process that crashes, before
-    its job fails. check_options: raises InvalidRequest for what no job may be given.
+    its job fails. max_file_bytes: of an uploaded file. check_options: raises InvalidRequest for what no job may be
+    given.
     """
 
     folder: Path
@@ -26,5 +27,6 @@ class TrainingSettings:
     threads: int | None = None
     attempts: int = 3
     retry_seconds: float = 5.0
+    max_file_bytes: int = 512 << 20
     command: tuple[str, ...] = COMMAND
     check_options: Callable[[Mapping[str, Any]], None] = check_options
