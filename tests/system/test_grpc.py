@@ -133,6 +133,17 @@ def test_health_and_reflection(channel: grpc.Channel) -> None:
     assert described.file_descriptor_response.file_descriptor_proto
 
 
+def test_an_answer_keeps_to_its_constraint(inference: pb_grpc.InferenceStub) -> None:
+    request = ask("Name a colour.")
+    request.constraint.choice.texts.extend(["turquoise!", "vermilion!"])
+    text, finish = answer(inference.Generate(request))
+    assert text in ("turquoise!", "vermilion!") and finish.reason == pb.FINISH_REASON_STOP
+    request.constraint.regex = "("
+    with pytest.raises(grpc.RpcError) as refused:
+        answer(inference.Generate(request))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+
+
 def parts(name: str, folder: Path) -> Iterator[pb.LoadAdapterRequest]:
     yield pb.LoadAdapterRequest(name=name)
     for file in ("adapter_config.json", "adapter_model.safetensors"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 
 import grpc
@@ -12,11 +12,14 @@ from adaplex_adapters.errors import InvalidRequest
 from adaplex_proto.v1 import adaplex_pb2 as pb
 from adaplex_proto.v1 import adaplex_pb2_grpc as pb_grpc
 from adaplex_server.grpc_api.access import caller_of
+from adaplex_server.grpc_api.constraints import constraint_of
 from adaplex_server.grpc_api.errors import streaming, unary
+from adaplex_server.grpc_api.tool_use import ToolTeller, ToolUse, templated
 from adaplex_server.grpc_api.translate import event_message
 from adaplex_server.request_scope import open_scope
 from adaplex_server.service.limits import SamplingRequest
 from adaplex_server.service.service import Service
+from adaplex_server.vocabulary import Constraint, Delta, Finish
 
 OPTIONAL_FIELDS = (
     "max_tokens",
@@ -49,17 +52,22 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         request_id = request.request_id or secrets.token_hex(12)
         open_scope(request_id, sent.get("traceparent", ""), sent.get("tracestate", ""))
         self._service.check_room(model=request.model)
+        tools = ToolUse.of(request.chat, self._service.text.tool_format) if request.HasField("chat") else None
+        constraint = _constraint(request, tools)
+        await self._service.check(constraint)
         wanted = self._service.request(
             model=request.model,
-            prompt=await self._prompt(request),
-            sampling=sampling_request(request),
+            prompt=await self._prompt(request, tools),
+            sampling=sampling_request(request, constraint),
             request_id=request_id,
             deadline=context.time_remaining(),
             caller=caller_of(context, self._service.gate),
         )
+        tellers = [tools.teller() for _ in range(wanted.n)] if tools else None
         async with aclosing(self._service.generate(wanted)) as events:
             async for event in events:
-                yield event_message(event)
+                for message in (event_message(event),) if tellers is None else _told(event, tellers[event.index]):
+                    yield message
 
     @unary
     async def ListModels(
@@ -77,21 +85,43 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             ]
         )
 
-    async def _prompt(self, request: pb.GenerateRequest) -> tuple[int, ...]:
+    async def _prompt(self, request: pb.GenerateRequest, tools: ToolUse | None) -> tuple[int, ...]:
         match request.WhichOneof("prompt"):
             case "text":
                 return await self._service.encode(request.text)
             case "token_ids":
                 return tuple(request.token_ids.ids)
             case "chat":
-                return await self._service.chat(
-                    [{"role": message.role, "content": message.content} for message in request.chat.messages]
-                )
+                messages = [templated(message) for message in request.chat.messages]
+                return await self._service.chat(messages, tools=tools.told if tools else None)
         raise InvalidRequest("one of text, token_ids and chat must be set", param="prompt")
 
 
-def sampling_request(request: pb.GenerateRequest) -> SamplingRequest:
-    """What the client wrote about sampling; fields that it left out stay None."""
+def _constraint(request: pb.GenerateRequest, tools: ToolUse | None) -> Constraint | None:
+    wanted = constraint_of(request)
+    if tools is None:
+        return wanted
+    if wanted is not None:
+        raise InvalidRequest("constraint and tools exclude each other; send tool_choice MODE_NONE", param="constraint")
+    return tools.constraint
+
+
+def _told(event: Delta | Finish, teller: ToolTeller) -> Iterator[pb.GenerateResponse]:
+    """What an event tells where tools may be called; its tokens are told with it, even if their text is held back."""
+    message = event_message(event)
+    if isinstance(event, Delta):
+        teller.tell(message.delta)
+    else:
+        rest = teller.rest(event.index)
+        if rest is not None:
+            yield pb.GenerateResponse(delta=rest)
+        if teller.called and event.reason == "stop":
+            message.finish.reason = pb.FINISH_REASON_TOOL_CALLS
+    yield message
+
+
+def sampling_request(request: pb.GenerateRequest, constraint: Constraint | None = None) -> SamplingRequest:
+    """What the client wrote about sampling; fields that it left out stay None. constraint: of the answer."""
     sampling = request.sampling
     given = {name: getattr(sampling, name) for name in OPTIONAL_FIELDS if sampling.HasField(name)}
     return SamplingRequest(
@@ -103,4 +133,5 @@ def sampling_request(request: pb.GenerateRequest) -> SamplingRequest:
         include_stop=request.include_stop,
         n=request.n or None,
         priority=request.priority,
+        constraint=constraint,
     )

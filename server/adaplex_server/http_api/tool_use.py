@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +20,8 @@ from adaplex_server.http_api.schemas.answers import (
 from adaplex_server.http_api.schemas.chat import ChatCompletionRequest
 from adaplex_server.http_api.schemas.tools import NamedTool, Tool
 from adaplex_server.service.tool_calls import Argued, Called, Piece, Said, ToolCalls
-from adaplex_server.service.tool_formats import ToolFormat
+from adaplex_server.service.tool_formats import UNKNOWN_FORM, ToolFormat
 from adaplex_server.vocabulary import Constraint
-
-_ALPHABET = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,7 @@ class ToolUse:
         if not body.tools or choice == "none":
             return None
         if form is None:
-            raise InvalidRequest(
-                "this base's chat template has no tools, or writes calls in a way that is not known; the forms of "
-                "Hermes and Qwen, Llama 3 and Mistral are",
-                param="tools",
-            )
+            raise InvalidRequest(UNKNOWN_FORM, param="tools")
         tools: Sequence[Tool] = body.tools
         if isinstance(choice, NamedTool):
             tools = [tool for tool in body.tools if tool.function.name == choice.function.name]
@@ -72,7 +65,7 @@ class ToolTeller:
 
     def __init__(self, calls: ToolCalls, form: ToolFormat) -> None:
         self._calls = calls
-        self._short = form.name == "mistral"
+        self._form = form
 
     @property
     def called(self) -> bool:
@@ -90,7 +83,9 @@ class ToolTeller:
                 calls.append((piece.name, []))
             else:
                 calls[-1][1].append(piece.text)
-        told = [ToolCall(self._new_id(), CalledFunction(name, "".join(parts))) for name, parts in calls]
+        told = [
+            ToolCall(self._form.call_id(secrets.choice), CalledFunction(name, "".join(parts))) for name, parts in calls
+        ]
         content = "".join(said)
         return AnswerMessage(content if content or not told else None, tool_calls=told or UNSET)
 
@@ -104,11 +99,7 @@ class ToolTeller:
             return ChatDelta(content=piece.text)
         if isinstance(piece, Argued):
             return ChatDelta(tool_calls=[DeltaToolCall(piece.number, DeltaFunction(arguments=piece.text))])
-        begun = DeltaToolCall(piece.number, DeltaFunction("", piece.name), self._new_id(), "function")
+        begun = DeltaToolCall(
+            piece.number, DeltaFunction("", piece.name), self._form.call_id(secrets.choice), "function"
+        )
         return ChatDelta(tool_calls=[begun])
-
-    def _new_id(self) -> str:
-        """Mistral's templates take ids of nine letters and digits alone."""
-        if self._short:
-            return "".join(secrets.choice(_ALPHABET) for _ in range(9))
-        return f"call_{secrets.token_hex(12)}"

@@ -1,14 +1,42 @@
-"""Checks constraints before anything is asked of the engine, so that a bad one is a bad request and costs no row."""
+"""Checks constraints before anything is asked of the engine, so that a bad one is a bad request and costs no row.
+
+What both APIs write in their own words becomes a `Constraint` here.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import OrderedDict
+from collections.abc import Sequence
+
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from adaplex_server.engine.grammar import check_constraint
 from adaplex_server.vocabulary import Constraint
 
+ANY_OBJECT = Constraint("json", '{"type":"object"}')
+MAX_CHOICES = 4096
 _REMEMBERED = 256
+
+
+def one_of(texts: Sequence[str]) -> Constraint:
+    """The answer is one of these. Raises ValueError with what is wrong about them."""
+    if not texts or not all(texts):
+        raise ValueError("must be a list of strings that are not empty")
+    if len(texts) > MAX_CHOICES:
+        raise ValueError(f"holds {len(texts)} strings, at most {MAX_CHOICES} are allowed")
+    return Constraint("regex", "|".join(map(re.escape, texts)))
+
+
+def grammar(text: str) -> Constraint:
+    """Lark's language, or GBNF's, which is recognized by its `::=`. Raises ValueError for a GBNF that is none."""
+    if "::=" not in text:
+        return Constraint("lark", text)
+    try:
+        return Constraint("lark", str(gbnf_to_lark(text)))
+    except Exception as error:  # a parser of somebody else's, which raises whatever it meets
+        raise ValueError(f"is not a GBNF grammar: {error!s:.200}") from None
 
 
 class ConstraintCheck:

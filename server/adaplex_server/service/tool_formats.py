@@ -10,12 +10,18 @@ Templates with calls in other forms (XML of parameters, `[ARGS]`, Python) are no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from adaplex_server.vocabulary import Constraint
 
+UNKNOWN_FORM = (
+    "this base's chat template has no tools, or writes calls in a way that is not known; the forms of Hermes and Qwen, "
+    "Llama 3 and Mistral are"
+)
+_ALPHABET = string.ascii_letters + string.digits
 _MOST_CALLS = 16
 _SPACE = {"x-guidance": {"whitespace_pattern": r"( |\n {0,32})"}}
 
@@ -31,6 +37,12 @@ class ToolFormat:
     closing: str
     key: str
     marker: int | None = None
+
+    def call_id(self, draw: Callable[[str], str]) -> str:
+        """A new one, of characters that `draw` chooses; Mistral's templates take nine letters and digits alone."""
+        if self.name == "mistral":
+            return "".join(draw(_ALPHABET) for _ in range(9))
+        return "call_" + "".join(draw(_ALPHABET) for _ in range(24))
 
     def constraint(self, tools: Sequence[Mapping[str, Any]], *, several: bool) -> Constraint:
         """An answer that is nothing but calls of these tools. tools: OpenAI's function objects."""

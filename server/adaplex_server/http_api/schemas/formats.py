@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
-from llguidance.gbnf_to_lark import gbnf_to_lark
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from adaplex_server.http_api.schemas.fields import ConflictingFields, Only, RequestModel
+from adaplex_server.service.constraints import ANY_OBJECT, grammar, one_of
 from adaplex_server.vocabulary import Constraint
-
-_MAX_CHOICES = 4096
 
 
 def _schema_text(value: Any) -> str | None:
@@ -33,28 +29,20 @@ def _schema_text(value: Any) -> str | None:
         raise ValueError("is nested too deeply") from None
 
 
-def _choices(value: Any) -> tuple[str, ...] | None:
+def _choices(value: Any) -> Constraint | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one for one in value):
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise ValueError("must be a list of strings that are not empty")
-    if len(value) > _MAX_CHOICES:
-        raise ValueError(f"holds {len(value)} strings, at most {_MAX_CHOICES} are allowed")
-    return tuple(value)
+    return one_of(value)
 
 
-def _lark(value: Any) -> str | None:
-    """Lark's language, or GBNF's, which is recognized by its `::=`."""
+def _grammar(value: Any) -> Constraint | None:
     if value is None:
         return None
     if not isinstance(value, str):
         raise ValueError("must be a string")
-    if "::=" not in value:
-        return value
-    try:
-        return str(gbnf_to_lark(value))
-    except Exception as error:  # a parser of somebody else's, which raises whatever it meets
-        raise ValueError(f"is not a GBNF grammar: {error!s:.200}") from None
+    return grammar(value)
 
 
 _ANY_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}
@@ -64,7 +52,7 @@ Choices = Annotated[
     BeforeValidator(_choices),
     WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 1}, {"type": "null"}]}),
 ]
-Grammar = Annotated[Any, BeforeValidator(_lark), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})]
+Grammar = Annotated[Any, BeforeValidator(_grammar), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})]
 
 
 class JsonSchema(RequestModel):
@@ -92,7 +80,8 @@ class ResponseFormat(RequestModel):
         """Nothing for plain text."""
         if self.type == "text":
             return []
-        return [Constraint("json", (self.json_schema and self.json_schema.json_schema) or _ANY_OBJECT)]
+        schema = self.json_schema and self.json_schema.json_schema
+        return [Constraint("json", schema) if schema else ANY_OBJECT]
 
 
 class StructuredOutputs(RequestModel):
@@ -111,25 +100,17 @@ class StructuredOutputs(RequestModel):
 
     def constraints(self) -> list[Constraint]:
         """All that are asked for."""
-        return _constraints(
-            self.json_schema, self.regex, self.choice, self.grammar, _ANY_OBJECT if self.json_object else None
-        )
-
-
-_ANY_OBJECT = '{"type":"object"}'
+        found = _constraints(self.json_schema, self.regex, self.choice, self.grammar)
+        return [*found, ANY_OBJECT] if self.json_object else found
 
 
 def _constraints(
-    schema: str | None, regex: str | None, choice: Sequence[str] | None, lark: str | None, more: str | None = None
+    schema: str | None, regex: str | None, choice: Constraint | None, lark: Constraint | None
 ) -> list[Constraint]:
-    found = [Constraint("json", one) for one in (schema, more) if one is not None]
+    found = [Constraint("json", schema)] if schema is not None else []
     if regex is not None:
         found.append(Constraint("regex", regex))
-    if choice is not None:
-        found.append(Constraint("regex", "|".join(map(re.escape, choice))))
-    if lark is not None:
-        found.append(Constraint("lark", lark))
-    return found
+    return [*found, *(one for one in (choice, lark) if one is not None)]
 
 
 class ConstraintFields(RequestModel):

@@ -1,0 +1,140 @@
+"""Tools of a chat over gRPC: what the template is told, what the answer must be, and how its calls are told."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaplex_adapters.errors import InvalidRequest
+from adaplex_proto.v1 import adaplex_pb2 as pb
+from adaplex_server.service.tool_calls import Called, Piece, Said, ToolCalls
+from adaplex_server.service.tool_formats import UNKNOWN_FORM, ToolFormat
+from adaplex_server.vocabulary import Constraint
+
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_MAX_TOOLS = 128
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """told: the tools as chat templates expect them. names: of those that may be called. constraint: of the answer,
+    where it must be a call.
+    """
+
+    form: ToolFormat
+    told: Sequence[dict[str, Any]]
+    names: frozenset[str]
+    constraint: Constraint | None
+
+    @staticmethod
+    def of(chat: pb.Chat, form: ToolFormat | None) -> ToolUse | None:
+        """None where no tool may be called. Raises InvalidRequest."""
+        tools = {tool.name: _function(number, tool) for number, tool in enumerate(chat.tools)}
+        if len(tools) < len(chat.tools):
+            raise _bad("tools hold two functions of one name", "tools")
+        if len(tools) > _MAX_TOOLS:
+            raise _bad(f"there are {len(tools)} tools, at most {_MAX_TOOLS} are allowed", "tools")
+        mode, one = chat.tool_choice.mode, chat.tool_choice.function
+        forced = bool(one) or mode == pb.ToolChoice.MODE_REQUIRED
+        if (forced and not tools) or (one and one not in tools):
+            raise _bad("tool_choice asks for a function that is not among the tools", "tool_choice")
+        if not tools or (not one and mode == pb.ToolChoice.MODE_NONE):
+            return None
+        if form is None:
+            raise _bad(UNKNOWN_FORM, "tools")
+        callable_ones = [tools[one]] if one else list(tools.values())
+        several = not one and (chat.parallel_tool_calls or not chat.HasField("parallel_tool_calls"))
+        return ToolUse(
+            form,
+            [{"type": "function", "function": tool} for tool in tools.values()],
+            frozenset(tool["name"] for tool in callable_ones),
+            form.constraint(callable_ones, several=several) if forced else None,
+        )
+
+    def teller(self) -> ToolTeller:
+        """For one choice."""
+        return ToolTeller(ToolCalls(self.form, self.names), self.form)
+
+
+class ToolTeller:
+    """Tells one choice's text and calls, piece by piece."""
+
+    def __init__(self, calls: ToolCalls, form: ToolFormat) -> None:
+        self._calls = calls
+        self._form = form
+
+    @property
+    def called(self) -> bool:
+        """Whether there has been a call."""
+        return self._calls.calls > 0
+
+    def tell(self, message: pb.Delta) -> pb.Delta:
+        """The delta with its calls taken out of the text."""
+        pieces = self._calls.push(message.text)
+        message.text = ""
+        return self._into(message, pieces)
+
+    def rest(self, index: int) -> pb.Delta | None:
+        """What was held back, at the end of the answer."""
+        pieces = self._calls.finish()
+        return self._into(pb.Delta(index=index), pieces) if pieces else None
+
+    def _into(self, message: pb.Delta, pieces: Sequence[Piece]) -> pb.Delta:
+        calls = message.tool_calls
+        for piece in pieces:
+            if isinstance(piece, Said):
+                message.text += piece.text
+            elif isinstance(piece, Called):
+                calls.add(number=piece.number, id=self._form.call_id(secrets.choice), name=piece.name)
+            elif calls and calls[-1].number == piece.number:
+                calls[-1].arguments += piece.text
+            else:
+                calls.add(number=piece.number, arguments=piece.text)
+        return message
+
+
+def templated(message: pb.ChatMessage) -> dict[str, Any]:
+    """A message as chat templates expect it; OpenAI's newer word 'developer' is 'system' there."""
+    told: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    told["content"] = message.content if message.content or not message.tool_calls else None
+    if message.name:
+        told["name"] = message.name
+    if message.tool_calls:
+        told["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        told["tool_call_id"] = message.tool_call_id
+    return told
+
+
+def _arguments(call: pb.ToolCall) -> Any:
+    """As an object, which templates write in their own way; what is no object stays text."""
+    try:
+        value = json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        return call.arguments
+    return value if isinstance(value, dict) else call.arguments
+
+
+def _function(number: int, tool: pb.Tool) -> dict[str, Any]:
+    if not _NAME.fullmatch(tool.name):
+        raise _bad(f"the name of tool {number} must be 1 to 64 letters, digits, dots, dashes or underscores", "tools")
+    parameters: Any = {"type": "object", "properties": {}}
+    if tool.parameters_json:
+        try:
+            parameters = json.loads(tool.parameters_json)
+        except (ValueError, RecursionError) as error:
+            raise _bad(f"parameters_json of tool '{tool.name}' is no JSON: {error!s:.200}", "tools") from None
+        if not isinstance(parameters, dict):
+            raise _bad(f"parameters_json of tool '{tool.name}' must be a JSON schema: an object", "tools")
+    return {"name": tool.name, "description": tool.description, "parameters": parameters}
+
+
+def _bad(what: str, field: str) -> InvalidRequest:
+    return InvalidRequest(what, param=f"chat.{field}")
