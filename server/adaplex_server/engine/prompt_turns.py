@@ -3,8 +3,8 @@
 A step that computes prompts may have a cost that does not depend on their length: where decode steps are replayed as
 graphs on a GPU, it is launched kernel by kernel, and takes the time of several decode steps even for one short prompt.
 If each row began when it comes, a busy engine would make nothing but such steps. So after one, rows are kept until
-decode steps have had `_SHARE` times as long as it lost; those that come meanwhile begin together. A step whose prompts
-are long has lost less, in proportion to its work, and is followed by a shorter pause.
+decode steps have had `_SHARE` times as long as it lost; those that come meanwhile begin together. A step with many
+tokens of prompts was worth its cost, and is followed by no pause: a burst is read as fast as it can be.
 
 Owns the mean times of steps with and without prompts, and the end of the pause. Prompts that have begun are never held
 up, and nothing is while no row decodes.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 _OF_STEPS = 1 / 8
 _SHARE = 2.0
 _SHORT = 1024
-"""Tokens of prompts up to which a step tells what any such step costs."""
+"""Tokens of prompts up to which a step's own work is less than what any such step costs."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,11 @@ class PromptTurns:
             if last.after_decode:
                 self._decode = _mean(self._decode, seconds)
             return
+        if last.prompt_tokens > _SHORT:
+            return
         # As long as no decode step is known, the whole step counts: the pause brings some.
-        lost = max(0.0, seconds - (self._decode or 0.0))
-        if last.prompt_tokens <= _SHORT:
-            self._extra = _mean(self._extra, lost)
-        if self._extra:
-            self._pause_until = now + _SHARE * self._extra * min(1.0, self._extra / max(lost, 1e-9))
+        self._extra = _mean(self._extra, max(0.0, seconds - (self._decode or 0.0)))
+        self._pause_until = now + _SHARE * self._extra
 
 
 def _mean(before: float | None, value: float) -> float:
