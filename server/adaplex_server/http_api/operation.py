@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from adaplex_adapters.errors import PermissionDenied
 from adaplex_server.http_api.context import context_of
 from adaplex_server.service.access.gate import Gate
 
@@ -56,6 +57,10 @@ def routes(operations: Sequence[Operation], gate: Gate) -> list[Route]:
 def _by_method(path: str, handlers: dict[str, Handler], gate: Gate) -> Handler:
     async def endpoint(request: Request) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
+        # A browser says so when a page of another site makes it ask: what it uploads to a server on its user's own
+        # machine would need no key and no answer.
+        if method != "GET" and request.headers.get("sec-fetch-site") == "cross-site":
+            raise PermissionDenied("a page of another site cannot change or ask anything here")
         context_of(request.scope).caller = gate.allow(f"{method} {path}", request.headers.get("authorization"))
         return await handlers[method](request)
 

@@ -55,3 +55,12 @@ def test_limits_are_told_in_headers(keys: KeyStore, http: Any) -> None:
     answer = http.post("/v1/completions", json=ASK, headers=headers)
     assert answer.headers["x-ratelimit-limit-requests"] == "60"
     assert answer.headers["x-ratelimit-limit-tokens"] == "6000"
+
+
+def test_a_page_of_another_site_can_make_a_browser_ask_for_nothing(http: Any) -> None:
+    asked = {"content-type": "text/plain", "sec-fetch-site": "cross-site"}
+    for path in ("/v1/completions", "/v1/adapters", "/v1/load_lora_adapter"):
+        answer = http.post(path, content=b"{}", headers=asked)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied")
+    assert http.get("/v1/models", headers=asked).status_code == 200
+    assert http.post("/v1/completions", json=ASK, headers={"sec-fetch-site": "same-origin"}).status_code == 200

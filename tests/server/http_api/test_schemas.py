@@ -83,6 +83,7 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "must be a JSON schema"),
     ({"guided_choice": []}, "guided_choice", "not empty"),
     ({"guided_grammar": "root ::= ("}, "guided_grammar", "GBNF"),
+    ({"guided_grammar": 'root ::= "a"\n' * 9999}, "guided_grammar", "write it in Lark"),
     ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "not possible with a constraint"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
     ({"store": True}, "store", "not supported"),
