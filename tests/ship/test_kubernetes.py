@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from adaplex_server.service.access.policy import POLICY
 from adaplex_server.settings import load_settings
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
+BASE = FOLDER / "base"
 Manifest = dict[str, Any]
 
 
@@ -24,10 +27,10 @@ def read(path: Path) -> list[Manifest]:
 
 
 def plain() -> list[Manifest]:
-    (kustomization,) = read(FOLDER / "kustomization.yaml")
-    manifests = [one for name in kustomization["resources"] for one in read(FOLDER / name)]
+    (kustomization,) = read(BASE / "kustomization.yaml")
+    manifests = [one for name in kustomization["resources"] for one in read(BASE / name)]
     config = kustomization["configMapGenerator"][0]
-    data = {name: (FOLDER / name).read_text() for name in config["files"]}
+    data = {name: (BASE / name).read_text() for name in config["files"]}
     return [*manifests, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": config["name"]}, "data": data}]
 
 
@@ -71,6 +74,20 @@ def test_kubernetes_would_take_them(manifests: list[Manifest]) -> None:
     for one in manifests:
         for version in ("1.30", validate.latest_version()):
             validate.validate(one, version, strict=True)
+
+
+@pytest.mark.parametrize(("folder", "manifests"), [(FOLDER, plain()), (FOLDER / "gpu", with_gpus())])
+def test_kubectl_builds_them(folder: Path, manifests: list[Manifest]) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not there")
+    built = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=True, timeout=60)
+    made = list(yaml.safe_load_all(built.stdout))
+    assert sorted(one["kind"] for one in made) == sorted(one["kind"] for one in manifests)
+    server = the(made, "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
+    tag = "cpu" if folder == FOLDER else "cuda"
+    ours = the(manifests, "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
+    assert server["image"].endswith(f":{tag}") and server["resources"] == ours["resources"]
 
 
 def test_a_wrong_manifest_would_be_seen() -> None:
@@ -131,7 +148,7 @@ def test_the_settings_are_known_and_leave_time_to_drain(manifests: list[Manifest
     config = environment.pop("ADAPLEX_CONFIG")
     assert Path(config).parent in [Path(one["mountPath"]) for one in server["volumeMounts"]]
     given = tomllib.loads(the(manifests, "ConfigMap", "adaplex-config")["data"][Path(config).name])
-    settings = load_settings(FOLDER / Path(config).name, environment, {})
+    settings = load_settings(BASE / Path(config).name, environment, {})
     assert given
     pause = float(server["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pause + settings.drain_seconds + 10 < spec["terminationGracePeriodSeconds"]
