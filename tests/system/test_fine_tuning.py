@@ -120,7 +120,7 @@ def test_kill_9_of_trainer_and_server_loses_nothing(base: Path, tmp_path: Path) 
     server, process = start()
     try:
         client = client_of(server)
-        job = create(client, n_epochs=60, save_strategy="steps", save_steps=5)
+        job = create(client, n_epochs=30, save_strategy="steps", save_steps=5)
         until_told(client, job.id, "Step 10")
         trainer = next(tmp_path.glob("data/*/training/jobs/*/events.jsonl"))
         pid = next(

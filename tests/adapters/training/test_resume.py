@@ -146,7 +146,7 @@ def write_job(folder: Path, base_folder: Path) -> None:
     folder.mkdir()
     rows = [{"prompt": f"{i} and {i} is", "completion": f" {2 * i}"} for i in range(40)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"n_epochs": 12, "batch_size": 4, "r": 2, "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 3}
+    given = {"n_epochs": 6, "batch_size": 4, "r": 2, "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 3}
     job = {"version": 1, "data": "train.jsonl", "base": {"folder": str(base_folder), "name": "tiny"}, "options": given}
     (folder / "job.json").write_text(json.dumps(job | {"threads": 1, "device": "cpu"}))
 

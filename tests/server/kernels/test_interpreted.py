@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: the GPU's own kernel tests, run on this CPU in a process of their own."""
+"""The Triton kernels in Triton's interpreter: the GPU's own kernel tests, on this CPU in two processes of their own."""
 
 from __future__ import annotations
 
@@ -10,20 +10,35 @@ from pathlib import Path
 
 import pytest
 
-_KERNEL_TESTS = Path(__file__).parents[2] / "gpu" / "kernels"
+_PROCESSES = 2
+# Longer files take about longer: so each process gets as much.
+_KERNEL_TESTS = sorted(
+    (Path(__file__).parents[2] / "gpu" / "kernels").glob("test_*.py"), key=lambda path: -path.stat().st_size
+)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_kernels_in_the_interpreter() -> None:
-    # The variable must be set before triton is imported, and holds for the whole process.
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(_KERNEL_TESTS), "-x", "-p", "no:cacheprovider"],
+    runs = [_start(_KERNEL_TESTS[number::_PROCESSES]) for number in range(_PROCESSES)]
+    try:
+        for run in runs:
+            said, _ = run.communicate(timeout=880)
+            assert run.returncode == 0, said[-8000:]
+            assert " passed" in said and "skipped" not in said
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
+
+
+def _start(files: list[Path]) -> subprocess.Popen[str]:
+    """pytest on these files, its output as one."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", *map(str, files), "-x", "-p", "no:cacheprovider"],
+        # The first must be set before triton is imported, and holds for the whole process.
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=880,
     )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout

