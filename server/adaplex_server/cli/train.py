@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,11 @@ from adaplex_server.cli.remote import DEFAULT_SERVER
 from adaplex_server.cli.run import run
 from adaplex_server.cli.train_options import TrainCommand, with_train_options
 from adaplex_server.settings import SERVER_VARIABLE, default_data_dir
+
+if TYPE_CHECKING:
+    from adaplex_adapters.base_shape import BaseShape
+    from adaplex_adapters.training.carry_out import TrainRequest
+    from adaplex_adapters.training.report.record import TrainResult
 
 PROBE_SECONDS = 2.0
 
@@ -129,7 +134,7 @@ def _request(
     options: TrainOptions,
     device: str,
     memory: int | None,
-) -> tuple[Any, Any]:
+) -> tuple[TrainRequest, BaseShape]:
     """What to train, and the shape of the base it is for. Bad data is told before the base is looked for."""
     from adaplex_adapters.training.carry_out import TrainRequest
     from adaplex_adapters.training.conversations import read_examples
@@ -154,7 +159,7 @@ def _request(
     return request, shape
 
 
-def _show_plan(request: Any) -> None:
+def _show_plan(request: TrainRequest) -> None:
     from adaplex_adapters.training.carry_out import prepare
     from adaplex_adapters.training.plan import check_plan, plan_lines
 
@@ -164,7 +169,7 @@ def _show_plan(request: Any) -> None:
     check_plan(prepared.plan, request.base_folder, prepared.rows, request.options, prepared.site)
 
 
-def _train(request: Any, sweep: Sequence[str], together: bool, resume: bool) -> dict[str, Any]:
+def _train(request: TrainRequest, sweep: Sequence[str], together: bool, resume: bool) -> dict[str, TrainResult]:
     """Results by name, one unless there is a sweep; empty when it was paused."""
     from adaplex_adapters.training.carry_out import carry_out, carry_out_several, carry_out_together
     from adaplex_adapters.training.progress import ShownProgress
@@ -191,7 +196,7 @@ def _train(request: Any, sweep: Sequence[str], together: bool, resume: bool) -> 
     return results
 
 
-def show(results: Mapping[str, Any]) -> None:
+def show(results: Mapping[str, TrainResult]) -> None:
     """What came out, as a table on standard output: a column for each adapter."""
     from rich.console import Console
     from rich.table import Table
@@ -208,7 +213,7 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _register(name: str, folder: Path, shape: Any, server: str | None) -> None:
+def _register(name: str, folder: Path, shape: BaseShape, server: str | None) -> None:
     if server is not None or _answers(DEFAULT_SERVER):
         add_adapter(name, folder, server or DEFAULT_SERVER)
         return
@@ -227,7 +232,7 @@ def _answers(server: str) -> bool:
         return False
 
 
-def register_in_folder(name: str, folder: Path, shape: Any, data_dir: Path) -> None:
+def register_in_folder(name: str, folder: Path, shape: BaseShape, data_dir: Path) -> None:
     """Put the adapter into the store and the catalogue of `data_dir`, which no server may be using (StartupError)."""
     from adaplex_adapters.catalogue import Catalogue
     from adaplex_adapters.reader import read_adapter
