@@ -11,12 +11,13 @@ from adaplex_server.engine.adapter_slots import AdapterSlots
 from adaplex_server.engine.executor import Executor
 from adaplex_server.engine.grammars import Grammars
 from adaplex_server.engine.host_adapters import HostAdapters, Reads
+from adaplex_server.engine.limits import Limits
 from adaplex_server.engine.memory import MemoryPlan
 from adaplex_server.engine.page_pool import PagePool
 from adaplex_server.engine.placement import Placement
 from adaplex_server.engine.prefix_cache import PrefixCache
 from adaplex_server.engine.residency import AdapterDevice, Residency
-from adaplex_server.engine.scheduler import Limits, Scheduler
+from adaplex_server.engine.scheduler import Scheduler
 from adaplex_server.engine.settings import EngineSettings
 
 Send = Callable[[msgspec.Struct], None]

@@ -17,8 +17,6 @@ knows who gives up pages for whom).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, InvalidRequest, Overloaded, RowFailed, Unavailable
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
 from adaplex_server.engine.admission import refusal, too_late
@@ -26,6 +24,7 @@ from adaplex_server.engine.begun import BegunRows
 from adaplex_server.engine.events import Events
 from adaplex_server.engine.guide import Guide
 from adaplex_server.engine.leaving import Leaving
+from adaplex_server.engine.limits import Limits
 from adaplex_server.engine.messages import RowEnd, RowToken, Submit
 from adaplex_server.engine.pace import Pace
 from adaplex_server.engine.placement import Placement
@@ -38,27 +37,6 @@ from adaplex_server.vocabulary import FinishReason, TokenLogprob
 
 _LEAST_STEP = 16
 """Tokens below which a step is not made smaller."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """max_scores: prompt tokens of a step whose log-probabilities are wanted, at most (each one costs a row of logits).
-
-    eos: the model's own end tokens. max_context: tokens of a row, prompt and answer. vocab_size: token ids end below.
-    max_wait: seconds in the queue: a row that is expected to wait for longer is refused at once, and one that has
-    waited for longer, then; None for no such limit. prompt_turns: rows begin together after pauses (see `PromptTurns`).
-    """
-
-    max_rows: int
-    max_waiting: int
-    max_step_tokens: int
-    max_context: int
-    max_scores: int
-    page_size: int
-    vocab_size: int
-    eos: frozenset[int] = frozenset()
-    max_wait: float | None = None
-    prompt_turns: bool = False
 
 
 class Scheduler:
