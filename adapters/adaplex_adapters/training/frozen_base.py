@@ -1,11 +1,12 @@
 """Loading the base for training and for scoring with PEFT: dense, NF4, FP4, int8 or GPTQ. The weights are frozen;
 nobody writes to them.
 
-On a GPU the linears stay as they are stored. On a CPU each quantized one is replaced by its dequantized values, kept in
-memory: the gradient of QLoRA goes through exactly those values, but they would be computed anew in each forward
-and each backward pass. For SmolLM2-135M on two cores a step of 16 x 64 tokens takes 2.5-2.8 s this way and 6.0 s with
-bitsandbytes' linears, for 200 MB more memory. The values are the same: a test compares them, and the logits. (On a
-CPU bitsandbytes itself multiplies int8 weights so; on a GPU LLM.int8 rounds the inputs too.)
+On a GPU the linears stay as they are stored, and Llama-like decoders take the passes of `training.fused`. On a CPU
+each quantized one is replaced by its dequantized values, kept in memory: the gradient of QLoRA goes through exactly
+those values, but they would be computed anew in each forward and each backward pass. For SmolLM2-135M on two cores a
+step of 16 x 64 tokens takes 2.5-2.8 s this way and 6.0 s with bitsandbytes' linears, for 200 MB more memory. The values
+are the same: a test compares them, and the logits. (On a CPU bitsandbytes itself multiplies int8 weights so; on a GPU
+LLM.int8 rounds the inputs too.)
 
 bitsandbytes repacks 4-bit weights in place when an eval-mode forward runs on a CPU with AVX512-BF16, after which
 gradients and dequantization are wrong. So `support_avx512bf16_for_cpu` is turned off before anything runs.
@@ -13,6 +14,7 @@ gradients and dequantization are wrong. So `support_avx512bf16_for_cpu` is turne
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from typing import Any
 import torch
 
 from adaplex_adapters.errors import StartupError
+from adaplex_adapters.training.fused.decoder import fuse
+from adaplex_adapters.training.fused.four_bit_linear import take_over
 from adaplex_adapters.training.gptq_base import load_gptq_model
 from adaplex_adapters.training.gptq_linear import GptqLinear
 from adaplex_adapters.training.options import TrainOptions
@@ -83,9 +87,20 @@ def load_frozen_base(
         )
     if place.type == "cpu" and form != "none":
         keep_dequantized(model, dtype)
+    if place.type == "cuda":
+        quicken(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     return FrozenBase(model, load_tokenizer(folder), name, place, form, folder)
+
+
+def quicken(model: Any) -> None:
+    """On a GPU: four-bit linears that one kernel expands, and the decoder's own pass where its family has one. Needs
+    Triton; without it the model stays as transformers and bitsandbytes made it.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        take_over(model)
+        fuse(model)
 
 
 def load_tokenizer(folder: Path) -> Any:

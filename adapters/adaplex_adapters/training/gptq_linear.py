@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from adaplex_adapters.errors import StartupError
+from adaplex_adapters.training.expanded_linear import ExpandedLinear
 
 _SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
 
@@ -28,11 +29,8 @@ class GptqTensors:
     g_idx: torch.Tensor
 
 
-class GptqLinear(torch.nn.Linear):
-    """y = x W^T + bias with W expanded to x's dtype in each call and again for each gradient; W has no gradient.
-
-    It is a Linear to PEFT, which wraps it and, for DoRA, reads `weight`: the expanded values [out, in].
-    """
+class GptqLinear(ExpandedLinear):
+    """Expanded from the tensors of a checkpoint, which it keeps as they are."""
 
     qweight: torch.Tensor
     qzeros: torch.Tensor
@@ -40,42 +38,14 @@ class GptqLinear(torch.nn.Linear):
     g_idx: torch.Tensor
 
     def __init__(self, tensors: GptqTensors, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
-        torch.nn.Module.__init__(self)
-        self.in_features, self.out_features = tensors.g_idx.numel(), tensors.scales.shape[1]
-        self.dtype = dtype
+        super().__init__(tensors.g_idx.numel(), tensors.scales.shape[1], bias, dtype)
         for name in ("qweight", "qzeros", "scales", "g_idx"):
             self.register_buffer(name, getattr(tensors, name))
-        frozen = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", frozen)
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The values [out, in] in the dtype that they are multiplied in."""
-        return self.dequantized(self.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in]; the product of scale and code is rounded once."""
         tensors = GptqTensors(self.qweight, self.qzeros, self.scales, self.g_idx)
         return dequantize_gptq(tensors, dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in] floating -> [..., out] of the same dtype (of autocast's, where it is on)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        product: torch.Tensor = _Product.apply(x, self)
-        return product if self.bias is None else product + self.bias.to(product.dtype)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, x: torch.Tensor, linear: GptqLinear) -> torch.Tensor:
-        context.linear = linear
-        return torch.matmul(x, linear.dequantized(x.dtype).t())
-
-    @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gradient,) = gradients
-        return torch.matmul(gradient, context.linear.dequantized(gradient.dtype)), None
 
 
 def dequantize_gptq(tensors: GptqTensors, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,7 @@ from adaplex_adapters.errors import InvalidRequest
 from adaplex_adapters.training.answer_loss import answer_loss
 from adaplex_adapters.training.batches import Batch
 from adaplex_adapters.training.methods.adapter import TrainedAdapter
+from adaplex_adapters.training.micro_batch_graphs import MicroBatchGraphs, SteadyGradients, can_record
 from adaplex_adapters.training.optimizers import make_optimizer, rate_at
 from adaplex_adapters.training.options import TrainOptions
 from adaplex_adapters.training.precision import loss_scaler, mixed
@@ -42,10 +43,18 @@ class CourseState:
 
 
 class Course:
-    """A run of `steps` updates with the highest learning rate `rate`, from step 0 or from a restored state."""
+    """A run of `steps` updates with the highest learning rate `rate`, from step 0 or from a restored state. graphs:
+    make gradients as CUDA graphs where that pays.
+    """
 
     def __init__(
-        self, adapter: TrainedAdapter, options: TrainOptions, steps: int, rate: float, device: torch.device
+        self,
+        adapter: TrainedAdapter,
+        options: TrainOptions,
+        steps: int,
+        rate: float,
+        device: torch.device,
+        graphs: bool = True,
     ) -> None:
         self._adapter, self._options, self._device = adapter, options, device
         self._steps, self._rate, self.step = steps, rate, 0
@@ -53,6 +62,9 @@ class Course:
         self._optimizer = make_optimizer(self._trained, options, rate, device)
         self._scaler = loss_scaler(options, device)
         self._loss = torch.zeros((), device=device)
+        graphs = graphs and can_record(adapter.causal, options, device)
+        self._steady = SteadyGradients(self._trained) if graphs else None
+        self._graphs = MicroBatchGraphs(adapter.causal, options, device) if graphs else None
 
     def advance(self, batches: Iterator[Batch]) -> StepReport:
         """One update from the next `accumulation` batches. Its gradient is the mean over all their learned tokens.
@@ -71,15 +83,23 @@ class Course:
         """Forward and backward over the batches of a step."""
         self._adapter.model.train()
         for batch in group:
+            found = None if self._graphs is None else self._graphs.learn(batch, [share_factor(group)])
+            if found is not None:
+                self.note(found.sum())
+                continue
             with mixed(self._options, self._device):
                 loss = answer_loss(self._adapter, batch, self._device)
             self.share_of(loss, group).backward()
 
     def share_of(self, loss: torch.Tensor, group: Sequence[Batch]) -> torch.Tensor:
         """What one batch's summed loss adds to the step's, to call backward on; it is remembered for the report."""
-        share = loss / max(1, sum(b.learned for b in group))
-        self._loss = self._loss + share.detach()
+        share = loss * share_factor(group)
+        self.note(share.detach())
         return self._scaler.scale(share)
+
+    def note(self, share: torch.Tensor) -> None:
+        """Remember for the report what one batch's loss adds to the step's."""
+        self._loss = self._loss + share
 
     def update(self, group: Sequence[Batch]) -> StepReport:
         """Change the weights by the gradients that are there. Raises InvalidRequest when the loss is not finite."""
@@ -97,7 +117,10 @@ class Course:
             settings["lr"] = used
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._steady is None:
+            self._optimizer.zero_grad(set_to_none=True)
+        else:
+            self._steady.zero()
         self.step += 1
         return StepReport(self.step, loss, used, float(norm), sum(b.tokens for b in group))
 
@@ -129,6 +152,11 @@ class Course:
         if "random.cuda" in state.tensors and self._device.type == "cuda":
             torch.cuda.set_rng_state(state.tensors["random.cuda"], self._device)
         self.step = state.step
+
+
+def share_factor(group: Sequence[Batch]) -> float:
+    """What a batch's summed loss is multiplied with, so that those of a step make the mean over its learned tokens."""
+    return 1 / max(1, sum(b.learned for b in group))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The optimizer and the learning rate's course. State is float32, or 8 bits in blocks (Dettmers et al. 2022); paged
-state can leave a GPU under pressure (QLoRA, Dettmers et al. 2023). A CPU has no such pressure: the plain forms run.
+state can leave a GPU under pressure (QLoRA, Dettmers et al. 2023), at the price of a launch for every weight. A CPU has
+no such pressure: the plain forms run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _BITSANDBYTES = {
 
 def optimizer_name(options: TrainOptions, device: torch.device) -> str:
     """What runs on this device for what was asked."""
-    asked = ("paged_adamw" if device.type == "cuda" else "adamw") if options.optimizer == "auto" else options.optimizer
+    asked = "adamw" if options.optimizer == "auto" else options.optimizer
     return asked if device.type == "cuda" else asked.removeprefix("paged_").removesuffix("_8bit")
 
 
@@ -44,7 +45,7 @@ def make_optimizer(
     }
     if name not in _BITSANDBYTES:
         plain = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-        return plain(trained, **settings)
+        return plain(trained, fused=device.type == "cuda", **settings)
     try:
         import bitsandbytes
     except ImportError as error:

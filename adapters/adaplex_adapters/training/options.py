@@ -158,7 +158,7 @@ class TrainOptions:
     optimizer: str = _option(
         "auto",
         COURSE,
-        "auto is adamw on a CPU, paged_adamw on a GPU; _8bit keeps its state in 8 bits. On a CPU the plain forms run.",
+        "auto is adamw; paged state can leave a GPU, _8bit keeps it in 8 bits. On a CPU the plain forms run.",
         "optim",
         choices=(
             "auto",

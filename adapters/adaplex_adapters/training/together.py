@@ -11,8 +11,10 @@ from pathlib import Path
 from adaplex_adapters.training.answer_loss import causal_losses
 from adaplex_adapters.training.batches import Batch, join_batches
 from adaplex_adapters.training.frozen_base import FrozenBase
+from adaplex_adapters.training.loop import share_factor
 from adaplex_adapters.training.methods.adapter import ModelInputs
 from adaplex_adapters.training.methods.lora_bank import BankedLora, LoraBank, check_bankable
+from adaplex_adapters.training.micro_batch_graphs import MicroBatchGraphs, can_record
 from adaplex_adapters.training.options import TrainOptions
 from adaplex_adapters.training.precision import mixed
 from adaplex_adapters.training.progress import Progress
@@ -63,8 +65,11 @@ def train_together(tasks: Mapping[str, Task], base: FrozenBase) -> dict[str, Tra
             lanes[name] = _Lane(index, task, run, adapter, run.train())
         for name, lane in lanes.items():
             _go_on(name, lane, results)
+        options = next(iter(tasks.values())).options
+        able = all(can_record(base.model, task.options, base.device) for task in tasks.values())
+        graphs = MicroBatchGraphs(base.model, options, base.device) if able else None
         while under_way := [lane for lane in lanes.values() if lane.group is not None]:
-            _learn(under_way, bank, base)
+            _learn(under_way, bank, base, graphs)
             paused = [
                 p for name, lane in lanes.items() if lane.group is not None and (p := _go_on(name, lane, results))
             ]
@@ -89,7 +94,7 @@ def _go_on(name: str, lane: _Lane, results: dict[str, TrainResult]) -> Paused | 
     return None
 
 
-def _learn(lanes: list[_Lane], bank: LoraBank, base: FrozenBase) -> None:
+def _learn(lanes: list[_Lane], bank: LoraBank, base: FrozenBase, graphs: MicroBatchGraphs | None) -> None:
     """Gradients of one step of every run: pass by pass, the batches of all in one."""
     options = lanes[0].task.options
     base.model.train()
@@ -97,6 +102,8 @@ def _learn(lanes: list[_Lane], bank: LoraBank, base: FrozenBase) -> None:
         present = [(lane, lane.group[index]) for lane in lanes if lane.group is not None and index < len(lane.group)]
         batch = join_batches([batch for _, batch in present], pad_id(base.tokenizer))
         shares = [(lane.index, len(own.ids)) for lane, own in present]
+        if graphs is not None and _replayed(graphs, bank, batch, present, shares):
+            continue
         with mixed(options, base.device), bank.shared(shares):
             inputs = ModelInputs({"input_ids": batch.ids.to(base.device)})
             losses = causal_losses(base.model, inputs, batch, base.device, [rows for _, rows in shares])
@@ -107,3 +114,21 @@ def _learn(lanes: list[_Lane], bank: LoraBank, base: FrozenBase) -> None:
         with bank.shared(shares):
             assert not isinstance(total, int)
             total.backward()
+
+
+def _replayed(
+    graphs: MicroBatchGraphs,
+    bank: LoraBank,
+    batch: Batch,
+    present: list[tuple[_Lane, Batch]],
+    shares: list[tuple[int, int]],
+) -> bool:
+    """The pass of all as a CUDA graph; False where there is none."""
+    factors = [share_factor(lane.group or []) for lane, _ in present]
+    with bank.shared(shares):
+        found = graphs.learn(batch, factors, [rows for _, rows in shares], tuple(shares))
+    if found is None:
+        return False
+    for (lane, _), loss in zip(present, found.unbind(), strict=True):
+        lane.run.course.note(loss)
+    return True

@@ -168,6 +168,38 @@ def swap(
 
 
 @app.command()
+def train(
+    shape: Annotated[
+        Literal["tiny", "135m", "1.7b", "8b", "65b"], typer.Option(help="Of the base, whose NF4 weights are random.")
+    ] = "8b",
+    batches: Annotated[
+        str, typer.Option(help="Micro-batches, as ROWSxTOKENS, with commas; none with 'none'.")
+    ] = "1x512,1x2048,4x2048",
+    checkpointing: Annotated[Literal["on", "off", "both"], typer.Option(help="Of activations.")] = "both",
+    peft: Annotated[bool, typer.Option(help="Measure plain PEFT with bitsandbytes first.")] = True,
+    together: Annotated[
+        str | None, typer.Option(help="Tokens of a row of each of several adapters trained together, with commas.")
+    ] = None,
+    adapters: Annotated[int, typer.Option(help="Adapters trained together.")] = 8,
+    rank: Rank = 16,
+    seconds: Annotated[float, typer.Option(help="Of each measurement, about.")] = 2.0,
+    device: Where = "auto",
+) -> None:
+    """QLoRA by this trainer and by PEFT, and adapters trained together against one after the other."""
+    from adaplex_adapters.training.frozen_base import training_device
+    from adaplex_loadtest import random_training_base, together_bench, train_bench
+
+    settings = {"on": (True,), "off": (False,), "both": (True, False)}[checkpointing]
+    wanted = () if batches == "none" else tuple(_rows_and_tokens(batches))
+    contenders = (train_bench.THEIRS, train_bench.OURS) if peft else (train_bench.OURS,)
+    base = random_training_base.random_base(shape, training_device(device))
+    train_bench.bench(base, train_bench.TrainLoad(wanted, settings, rank, seconds, contenders))
+    for length in _numbers(together) if together else ():
+        for setting in settings:
+            together_bench.bench_together(base, adapters, length, rank, setting)
+
+
+@app.command()
 def serve(
     url: Annotated[str, typer.Option(help="The running server.")] = "http://127.0.0.1:8000",
     models: Annotated[str | None, typer.Option(help="Models, with commas; all of the server unless given.")] = None,
@@ -246,4 +278,14 @@ def _batches(text: str) -> list[tuple[int, int]]:
             raise ValueError
     except ValueError:
         raise InvalidRequest(f"{json.dumps(text)} is not a list of ROWS:ADAPTERS such as 1:0,8:4") from None
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def _rows_and_tokens(text: str) -> list[tuple[int, int]]:
+    try:
+        pairs = [tuple(int(number) for number in part.split("x")) for part in text.split(",")]
+        if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+            raise ValueError
+    except ValueError:
+        raise InvalidRequest(f"{json.dumps(text)} is not a list of ROWSxTOKENS such as 1x512,4x2048") from None
     return [(pair[0], pair[1]) for pair in pairs]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_adapters.training.frozen_base import FrozenBase
+from adaplex_adapters.training.fused.adapted import LowRank
 from adaplex_adapters.training.methods.adapter import AdapterFiles, ModelInputs
 from adaplex_adapters.training.methods.attach import attach_adapter
 from adaplex_adapters.training.options import LORA, TrainOptions
@@ -45,7 +46,7 @@ class LoraBank:
         self._shares: Sequence[tuple[int, int | None]] = [(0, None)]
         paths = {n.removeprefix(_PREFIX).removesuffix(_A) for e in self._entries for n in e.weights if n.endswith(_A)}
         modules = {path: base.model.get_submodule(path) for path in sorted(paths)}
-        self._hooks = [m.register_forward_hook(self._after(path)) for path, m in modules.items()]
+        self._hooks = [m.register_forward_hook(_BankHook(self, path)) for path, m in modules.items()]
 
     def adapters(self) -> list[BankedLora]:
         """One for each of the options, in order."""
@@ -79,21 +80,37 @@ class LoraBank:
         """An adapter's own."""
         return self._entries[index]
 
-    def _after(self, path: str) -> Any:
-        a_name, b_name = f"{_PREFIX}{path}{_A}", f"{_PREFIX}{path}{_B}"
+    def shares_of(self, rows: int) -> list[tuple[_Entry, int]]:
+        """Whose the rows of the next call are, if it has so many."""
+        shares = [(self._entries[k], rows if n is None else n) for k, n in self._shares]
+        return [(entry, n) for entry, n in shares if n]
 
-        def add(module: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            shares = [(self._entries[k], len(given[0]) if n is None else n) for k, n in self._shares]
-            shares = [(entry, n) for entry, n in shares if n]
-            if not shares:
-                return output
-            if len(shares) > 1 and _alike(shares, a_name):
-                added = _stacked(given[0], [entry for entry, _ in shares], a_name, b_name)
-            else:
-                added = _one_by_one(given[0], shares, output, a_name, b_name, module.training)
-            return (output + added).to(output.dtype)
 
-        return add
+class _BankHook:
+    """Adds to a linear's output what the bank's adapters make of its input. Owns nothing."""
+
+    def __init__(self, bank: LoraBank, path: str) -> None:
+        self._bank, self._a, self._b = bank, f"{_PREFIX}{path}{_A}", f"{_PREFIX}{path}{_B}"
+
+    def __call__(self, module: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        shares = self._bank.shares_of(len(given[0]))
+        if not shares:
+            return output
+        if len(shares) > 1 and _alike(shares, self._a):
+            added = _stacked(given[0], [entry for entry, _ in shares], self._a, self._b)
+        else:
+            added = _one_by_one(given[0], shares, output, self._a, self._b, module.training)
+        return (output + added).to(output.dtype)
+
+    def low_rank(self) -> LowRank | None:
+        """What it adds, where that is LoRAs of one kind."""
+        shares = self._bank.shares_of(1)
+        if not shares:
+            return LowRank()
+        if not _alike(shares, self._a):
+            return None
+        a, b = ([entry.weights[name] for entry, _ in shares] for name in (self._a, self._b))
+        return LowRank(tuple(a), tuple(b), tuple(entry.scaling for entry, _ in shares))
 
 
 class BankedLora:
