@@ -106,7 +106,9 @@ class Completions:
 
     def _events(self, asked: Sequence[_Asked]) -> AsyncGenerator[tuple[int, Event], None]:
         starts = [partial(self._service.generate, one.request) for one in asked]
-        return merged(starts, self._settings.batch_width)
+        # A batch alone must fit: with more choices fewer prompts are under way at once, and half of the room is enough.
+        at_once = self._service.places // (2 * asked[0].request.n)
+        return merged(starts, max(1, min(self._settings.batch_width, at_once)))
 
     async def _whole(self, body: CompletionRequest, asked: Sequence[_Asked]) -> Completion:
         n = asked[0].request.n

@@ -184,12 +184,14 @@ class Service:
         """Raises Overloaded if a request would be refused for want of room: to be asked before its prompt is tokenized,
         so that a server that is asked too much spends nothing on what it cannot serve.
         """
-        info = self._engine.state.info
-        if info is not None:
-            self._room.check(model, 1, self._places(info))
+        if self._engine.state.info is not None:
+            self._room.check(model, 1, self.places)
 
-    def _places(self, info: EngineInfo) -> int:
-        return info.max_rows + info.max_waiting
+    @property
+    def places(self) -> int:
+        """Rows that may be under way at once, over all requests; 0 until an engine has been there."""
+        info = self._engine.state.info
+        return 0 if info is None else info.max_rows + info.max_waiting
 
     @_refusals_are_counted
     def request(
@@ -262,7 +264,7 @@ class Service:
         link, info = self._engine.link(), self._engine_info()
         model, revision = request.model, self.registry.resolve(request.model)
         _check(request, info)
-        places = self._places(info)
+        places = self.places
         if request.n > places:
             raise InvalidRequest(f"n is {request.n}, but this server takes {places} rows at once", param="n")
         self._room.check(model, request.n, places)

@@ -148,6 +148,8 @@ class FakeService:
         self.registry = FakeRegistry()
         self.running: list[GenerateRequest] = []
         self.asked: list[GenerateRequest] = []
+        self.most = 0
+        self.places = 320
         self.status = ServiceInfo(BASE, ("base",), "ready", "", 1.0, 0, 1.7e9, ENGINE)
         for name in ("alpha", "beta", *BEHAVIOURS):
             self.registry.add(name)
@@ -208,6 +210,7 @@ class FakeService:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finish, None]:
         self.running.append(request)
+        self.most = max(self.most, sum(one.n for one in self.running))
         self.asked.append(request)
         try:
             refusal: dict[str, AdaplexError] = {

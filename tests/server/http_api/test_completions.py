@@ -37,6 +37,14 @@ def test_batches(client: Any, stream: bool, n: int) -> None:
     assert texts == {p * n + i: f"[beta|prompt {p}|{i}]" for p in range(20) for i in range(n)}
 
 
+def test_a_batch_with_many_choices_keeps_within_the_servers_room(client: Any, service: Any) -> None:
+    service.places = 20
+    for n, most in ((1, 4), (3, 9), (10, 10), (20, 20)):
+        service.most = 0
+        answer = client.completions.create(model="slow", prompt=["x"] * 12, n=n, max_tokens=3)
+        assert len(answer.choices) == 12 * n and service.most == most
+
+
 def test_usage_of_a_batch(client: Any) -> None:
     asked = {"model": "beta", "prompt": ["a", "bcd"], "n": 2, "max_tokens": 3}
     usage = client.completions.create(**asked).usage
