@@ -125,14 +125,16 @@ def unshrunk(x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> Shrunk
     return Shrunk(h, stack.b[layer], stack.scaling[layer], stack.spans, *where, pages.page_rows, tiles)
 
 
-def shrink(found: Shrunk, x: torch.Tensor, plan: LoraPlan, linear: str, layer: int) -> None:
-    """h of what `unshrunk` gave, while the base's product of x, launched just before, still runs."""
+def shrink(found: Shrunk, x: torch.Tensor, plan: LoraPlan, linear: str, layer: int, *, beside: bool) -> None:
+    """h of what `unshrunk` gave, right after the base's product of x has been launched. beside: that product is one of
+    this package's kernels.
+    """
     from adaplex_server.kernels.gpu.shrink import shrink
 
     tiles = found.tiles
     shrink(
         x, plan.stacks[linear].a[layer], found.h, found.slot_pages, found.slot_page_count, tiles.order, tiles.tiles,
-        tiles.tile_tokens, tiles.max_pages, found.page_rows,
+        tiles.tile_tokens, tiles.max_pages, found.page_rows, beside,
     )  # fmt: skip
 
 

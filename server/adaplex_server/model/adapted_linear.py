@@ -62,7 +62,8 @@ def _few(base: Linear, x: torch.Tensor, lora: LoraPlan | None, linear: str, laye
     found = None if lora is None else unshrunk(x, lora, linear, layer)
     parts, bias = _product(base, x)
     if lora is not None and found is not None:
-        shrink(found, x, lora, linear, layer)
+        ours = isinstance(base, GpuNf4Linear | GpuGptqLinear) and x.dtype != torch.float32
+        shrink(found, x, lora, linear, layer, beside=ours)
     return Unfinished(parts, x.dtype, bias, found)
 
 

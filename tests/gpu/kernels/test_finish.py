@@ -66,7 +66,7 @@ class Case:
             h = empty_h(x, tiles.max_pages, RANK_PAGE, len(made.spans))
             shrink(
                 x, made.a, h, made.slot_pages, made.slot_page_count, tiles.order, tiles.tiles, tiles.tile_tokens,
-                tiles.max_pages, RANK_PAGE,
+                tiles.max_pages, RANK_PAGE, beside=False,
             )  # fmt: skip
             pages = made.slot_pages, made.slot_page_count
             shrunk = Shrunk(h, made.b, made.scaling, made.spans, *pages, RANK_PAGE, tiles)

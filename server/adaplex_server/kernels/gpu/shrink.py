@@ -47,12 +47,14 @@ def shrink(
     tile_tokens: int,
     max_pages: int,
     rank_page: int,
+    beside: bool,
 ) -> None:
     """x [T, K] to h [segments(K), T, max_pages * rank_page * G] float32: row i * G + g for rank row i of target g, not
     scaled; rows beyond an adapter's own, and tokens without one, are left unwritten.
 
-    To be launched right after a product of x with the base's weights, and h made (`empty_h`) before it: the kernel
-    begins while that product runs, whose own scratch must not become h.
+    To be launched right after the product of x with the base's weights, and h made (`empty_h`) before it, whose scratch
+    must not become h. beside: the product is one of this package's kernels, which let this one begin as soon as x is
+    there; others are waited for.
 
     a: [pool rows, G, K] of one layer; the rest as in `kernels.lora_tiles.LoraTiles` and `model.adapter_pool`.
     """
@@ -65,7 +67,8 @@ def shrink(
         _shrink[(tiles.shape[0], max_pages * targets, parts)](
             x, a, slot_pages, slot_page_count, order, tiles, h, tokens, rows, slot_pages.stride(0), x.stride(0),
             K=k, TARGETS=targets, RANK_PAGE=rank_page, SEGMENT=segment, STEPS=steps, BLOCK=block, TOKENS=tile_tokens,
-            num_warps=max(1, block // _WARP), **dependent(), **(unfused() if x.dtype == torch.float32 else {}),
+            BESIDE=beside, num_warps=max(1, block // _WARP), **dependent(),
+            **(unfused() if x.dtype == torch.float32 else {}),
         )  # fmt: skip
 
 
@@ -90,16 +93,15 @@ def _shrink(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
+    BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """RANK_PAGE consecutive rows of one page over one segment of K, for the tokens of one tile.
 
-    With programmatic launches x is there from the beginning, and the successor may begin to load B. That the product in
-    front has ended is what one program waits for in the name of all, as the successor waits for all of this kernel.
+    BESIDE: x is there from the beginning. That the product in front has ended is what one program waits for in the name
+    of all, as the successor waits for all of this kernel.
     """
-    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
-    if PDL:
-        gdc_launch_dependents()
+    waits = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
     begin = tl.load(tiles_ptr + tl.program_id(0) * 3)
     count = tl.load(tiles_ptr + tl.program_id(0) * 3 + 1)
     slot = tl.load(tiles_ptr + tl.program_id(0) * 3 + 2)
@@ -108,7 +110,11 @@ def _shrink(
     page = tl.load(pages_ptr + tl.maximum(slot, 0) * pages_stride + index).to(tl.int64)
     if (count == 0) | (slot < 0) | (index >= pages):
         if PDL:
-            if first:
+            # The language knows no `or` of a constant and a value.
+            if BESIDE:
+                if waits:
+                    gdc_wait()
+            else:
                 gdc_wait()
         return
     i = tl.arange(0, RANK_PAGE)
@@ -122,6 +128,11 @@ def _shrink(
     token = tl.load(order_ptr + begin + t, mask=live, other=0)
     x_rows = x_ptr + token.to(tl.int64)[:, None, None] * x_stride
     a = tl.load(a_rows + (begin_k + lane), mask=begin_k + lane < end_k, other=0.0)
+    if PDL:
+        # Not before A is asked for: the successor's programs ask for B.
+        gdc_launch_dependents()
+        if not BESIDE:
+            gdc_wait()
     x = tl.load(x_rows + (begin_k + lane), mask=live[:, None, None] & (begin_k + lane < end_k), other=0.0)
     total = tl.zeros((TOKENS, RANK_PAGE, BLOCK // _LANES), tl.float32)
     for step in tl.static_range(STEPS):
@@ -136,6 +147,6 @@ def _shrink(
         total += tl.sum(tl.reshape(product, (TOKENS, RANK_PAGE, BLOCK // _LANES, _LANES)), 3)
     out = h_ptr + (tl.program_id(2) * tokens + token).to(tl.int64) * rows + tl.program_id(1) * RANK_PAGE
     tl.store(out[:, None] + i[None, :], tl.sum(total, 2), mask=live[:, None])
-    if PDL:
-        if first:
+    if PDL and BESIDE:
+        if waits:
             gdc_wait()
