@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from adaplex_adapters.training.fused.decoder import can_fuse
 from adaplex_adapters.training.methods.bottleneck import BottleneckAdapter
 from adaplex_adapters.training.methods.peft_adapter import ia3_model, lora_model
 from adaplex_adapters.training.options import BOTTLENECK, IA3, LORA, P_TUNING, PREFIX, TrainOptions
@@ -18,6 +19,7 @@ class BaseOutline:
     """Counts of weights: in the layers' linears, everywhere else, in the largest linear, and trained ones.
 
     layer_outputs: out-features of a layer's linears; layer_adapted_inputs: in-features of those with an adapter.
+    fused: whether a GPU takes the passes of `training.fused` with this adapter.
     """
 
     layers: int
@@ -29,6 +31,7 @@ class BaseOutline:
     layer_outputs: int
     layer_adapted_inputs: int
     trained: int
+    fused: bool
 
     def flops_a_token(self, options: TrainOptions, checkpointing: bool, length: int) -> float:
         """Forward, the gradient of the activations, and the forward again with checkpointing; the weights of the base
@@ -69,7 +72,13 @@ def outline_base(folder: Path, options: TrainOptions) -> BaseOutline:
         layer_outputs=sum(_features(m)[1] for m in linears.values()) // layers,
         layer_adapted_inputs=sum(_features(linears[p])[0] for p in adapted if p in linears) // layers,
         trained=trained,
+        fused=_is_fused(model, options),
     )
+
+
+def _is_fused(model: Any, options: TrainOptions) -> bool:
+    plain = options.method == LORA and not options.dora and options.dropout == 0 and not options.upcast_base
+    return plain and options.precision in ("auto", "bf16") and can_fuse(model.base_model)
 
 
 def _trained(model: Any, options: TrainOptions) -> tuple[int, tuple[str, ...]]:

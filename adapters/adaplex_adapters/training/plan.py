@@ -24,6 +24,7 @@ from adaplex_adapters.training.base_outline import BaseOutline, outline_base
 from adaplex_adapters.training.frozen_base import base_form, compute_dtype, read_base_config, training_device
 from adaplex_adapters.training.memory import available_bytes, resident_bytes
 from adaplex_adapters.training.methods.attach import wants_checkpointing
+from adaplex_adapters.training.micro_batch_graphs import LARGEST
 from adaplex_adapters.training.optimizers import optimizer_name
 from adaplex_adapters.training.options import PREFIX, SOFT_PROMPTS, TrainOptions
 from adaplex_adapters.training.precision import mixed_dtype
@@ -36,6 +37,9 @@ _BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0, "gptq": 0.5 + 2
 _DOUBLE_SAVED = 3 / 64
 _GPU_CONTEXT = 600 * 2**20
 _EFFICIENCY = {"cpu": 0.45, "cuda": 0.4}
+# Of fused passes: the share at any number of tokens, and the tokens at which it is half of that (measured on an H200
+# with the 8B shape; what a pass does once, such as expanding the weights, is felt in small ones).
+_FUSED_EFFICIENCY, _FUSED_HALF = 0.75, 600
 _MARGIN = 1.05
 # A CPU's allocator keeps holes between what lives long and what each layer frees (measured with SmolLM2, glibc): this
 # much more than what is saved without checkpointing, this share of it with.
@@ -97,14 +101,17 @@ def make_plan(folder: Path, rows: Rows, options: TrainOptions, site: Site) -> Pl
     per_row = sum(lengths) / max(1, sequences) + virtual
     tokens = int(min(passes * options.batch_size, sequences * options.epoch_limit) * per_row)
     widest = (options.max_length if options.packing else lengths[0]) + virtual
+    largest = options.batch_size * widest
+    recorded = LARGEST if outline.fused and site.device.type == "cuda" and largest > LARGEST else 0
     parts = (
         *_held(outline, form, options, site.device),
-        ("activations", _activations(outline, options, site.device, options.batch_size * widest)),
+        ("activations", _activations(outline, options, site.device, largest)),
+        ("graphs", _activations(outline, options, site.device, recorded) if recorded else 0),  # of smaller batches
         ("head", _head(outline, options, site.device, rows, options.batch_size)),
         ("program", _GPU_CONTEXT if site.device.type == "cuda" else resident_bytes()),
     )
     flops = tokens * outline.flops_a_token(options, wants_checkpointing(options, site.device), int(per_row))
-    seconds = flops / site.flops / _EFFICIENCY[site.device.type]
+    seconds = flops / site.flops / _efficiency(outline, site.device, per_row * options.batch_size)
     return Plan(outline.trained, steps, tokens, parts, seconds, site.available, str(site.device))
 
 
@@ -143,6 +150,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"about {minutes} min {seconds} s on {plan.device}" + ("" if plan.fits else "; it does not fit")
 
 
+def _efficiency(outline: BaseOutline, device: torch.device, tokens: float) -> float:
+    if outline.fused and device.type == "cuda":
+        return _FUSED_EFFICIENCY * tokens / (tokens + _FUSED_HALF)
+    return _EFFICIENCY[device.type]
+
+
 def _held(outline: BaseOutline, form: str, options: TrainOptions, device: torch.device) -> Iterator[tuple[str, int]]:
     dense = compute_dtype(options.precision, device).itemsize
     saved = _DOUBLE_SAVED if options.double_quant and form in ("nf4", "fp4") else 0.0
@@ -151,7 +164,8 @@ def _held(outline: BaseOutline, form: str, options: TrainOptions, device: torch.
     yield "base", int(outline.linear_weights * a_weight) + outline.other_weights * other
     frozen = outline.trained if options.init == "pissa" else 0
     yield "adapter", 4 * (outline.trained + frozen)
-    yield "gradients", 4 * outline.trained
+    halves = 4 if outline.fused and device.type == "cuda" else 0  # weights and gradients as they are multiplied
+    yield "gradients", (4 + halves) * outline.trained
     moments = 2.1 if optimizer_name(options, device).endswith("_8bit") else 8.0
     yield "optimizer", int(moments * outline.trained)
     yield "best so far", 4 * outline.trained if device.type == "cpu" else 0
@@ -164,6 +178,8 @@ def _activations(outline: BaseOutline, options: TrainOptions, device: torch.devi
     # Without autocast the adapter's own products are in float32, and so is the input that each of them keeps.
     own = base if mixed is not None else 4
     layer = base * outline.layer_outputs * 1.4 + own * outline.layer_adapted_inputs + 6 * base * outline.hidden
+    if outline.fused and device.type == "cuda":  # the linears' outputs but for two, and five times the residual stream
+        layer = base * (outline.layer_outputs + 3 * outline.hidden)
     expanded = 2 * base * outline.largest_linear if device.type == "cuda" else 0
     whole = tokens * outline.layers * layer
     if not wants_checkpointing(options, device):
@@ -176,6 +192,8 @@ def _head(outline: BaseOutline, options: TrainOptions, device: torch.device, row
     """Logits, their float32 copy and its gradient, for the learned tokens of one pass, HEAD_ROWS at a time."""
     learned = sorted((e.learned for e in rows.train), reverse=True)[:batch]
     count = HEAD_ROWS if options.packing else min(HEAD_ROWS, sum(learned))
+    if outline.fused and device.type == "cuda":
+        return 2 * (count * outline.vocabulary + 3 * sum(learned) * outline.hidden)
     return count * outline.vocabulary * (2 * compute_dtype(options.precision, device).itemsize + 8)
 
 

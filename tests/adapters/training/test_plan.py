@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_adapters.training.conversations import Completion
+from adaplex_adapters.training.encoding import EncodedExample
 from adaplex_adapters.training.frozen_base import FrozenBase, load_frozen_base
 from adaplex_adapters.training.methods.attach import attach_adapter
 from adaplex_adapters.training.option_names import options_from
 from adaplex_adapters.training.options import TrainOptions
 from adaplex_adapters.training.plan import Site, check_plan, make_plan, plan_lines
-from adaplex_adapters.training.rows import Rows, prepare_rows
+from adaplex_adapters.training.rows import DataReport, Rows, prepare_rows
 from adaplex_adapters.training.trainer import train_adapter
+from adaplex_loadtest.random_training_base import llama_fields
 from support.quiet_progress import Quiet
 
 SITE = Site(torch.device("cpu"), 2**34, 1e11)
@@ -91,3 +94,26 @@ def test_what_cannot_fit_is_refused_with_what_would(
     site = dataclasses.replace(SITE, available=1000)
     with pytest.raises(InvalidRequest, match="no smaller setting fits"):
         check_plan(make_plan(base_folder, rows, options, site), base_folder, rows, options, site)
+
+
+MEASURED = {  # tensors at their peak on an H200, GB, with rank 16; the 65B shape has a bound instead
+    ("8b", 4, 2048, True): 10.44,
+    ("8b", 4, 2048, False): 36.54,
+    ("65b", 1, 512, True): None,
+}
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_plans_for_a_gpu_are_close_to_what_was_measured(case: tuple[str, int, int, bool], tmp_path: Path) -> None:
+    shape, batch, length, checkpointing = case
+    (tmp_path / "config.json").write_text(json.dumps(llama_fields(shape)))
+    options = TrainOptions(rank=16, batch_size=batch, max_length=length, gradient_checkpointing=checkpointing)
+    ids = tuple(range(length))
+    examples = tuple(EncodedExample(line, ids, ids) for line in range(1, 9))
+    report = DataReport(8, 0, 0, 0, (), (), 8 * length, 8 * length, "")
+    site = Site(torch.device("cuda"), 141 * 10**9, 6e14)
+    plan = make_plan(tmp_path, Rows(examples, (), (), report), options, site)
+    parts = dict(plan.parts)
+    tensors = (plan.total - parts["program"] - parts["graphs"]) / 1e9
+    wanted = MEASURED[case]
+    assert plan.total < 48e9 if wanted is None else tensors == pytest.approx(wanted, rel=0.1)

@@ -94,7 +94,9 @@ class FusedDecoder:
         decoder = self._decoder
         dtype = decoder.embed_tokens.weight.dtype
         device = decoder.embed_tokens.weight.device.type
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
+        # Without autocast a LoRA multiplies in float32, whatever the base does.
+        wanted = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        if dtype != wanted:
             return None
         modules = list(decoder.layers)
         inner = itertools.chain.from_iterable(
@@ -126,10 +128,18 @@ class FusedDecoder:
 def fuse(causal: Any) -> bool:
     """Let the decoder inside a causal LM run so, where it is of a family that can. Returns whether it does."""
     decoder = causal.base_model
-    config = decoder.config
     if isinstance(decoder.forward, FusedDecoder):
         return True
-    fits = (
+    fits = can_fuse(decoder)
+    if fits:
+        decoder.forward = FusedDecoder(decoder)
+    return fits
+
+
+def can_fuse(decoder: Any) -> bool:
+    """Whether a decoder computes what this pass computes."""
+    config = decoder.config
+    return (
         type(decoder).__name__ in FAMILIES
         and getattr(config, "hidden_act", None) == "silu"
         and getattr(config, "sliding_window", None) is None
@@ -137,9 +147,6 @@ def fuse(causal: Any) -> bool:
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and getattr(decoder.rotary_emb, "rope_type", "default") in _STILL_ANGLES
     )
-    if fits:
-        decoder.forward = FusedDecoder(decoder)
-    return fits
 
 
 def fused_decoder(causal: Any) -> FusedDecoder | None:
