@@ -11,6 +11,8 @@ from typing import Any
 from adaplex_adapters.errors import InvalidRequest, RequestTooLarge
 from adaplex_server.service.limits import MAX_MESSAGES, MAX_PROMPT_CHARS
 
+MAX_LEVELS = 64
+"""Of lists and objects inside each other, in tools and calls."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What a template may look at beside role and content.
 _PASSED_ON = ("name", "tool_calls", "tool_call_id")
@@ -65,20 +67,23 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise InvalidRequest(f"{where}.content is missing", param=f"{where}.content")
     checked["content"] = "" if content is None else _content(content, f"{where}.content")
     checked |= {key: message[key] for key in _PASSED_ON if message.get(key) is not None}
-    for value in _strings([checked.get(key) for key in _PASSED_ON]):
+    for value in _strings([checked.get(key) for key in _PASSED_ON], where):
         check_text(value, where)
     return checked
 
 
-def _strings(value: Any) -> list[str]:
-    """Every string inside lists and mappings, keys included."""
+def _strings(value: Any, param: str, levels: int = MAX_LEVELS) -> list[str]:
+    """Every string inside lists and mappings, keys included. Raises InvalidRequest for what is nested so deeply that
+    templates could not walk through it.
+    """
     if isinstance(value, str):
         return [value]
-    if isinstance(value, Mapping):
-        return [text for pair in value.items() for item in pair for text in _strings(item)]
-    if isinstance(value, list | tuple):
-        return [text for item in value for text in _strings(item)]
-    return []
+    if not isinstance(value, Mapping | list | tuple):
+        return []
+    if not levels:
+        raise InvalidRequest(f"{param} is nested more than {MAX_LEVELS} levels deep", param=param)
+    items = [item for pair in value.items() for item in pair] if isinstance(value, Mapping) else value
+    return [text for item in items for text in _strings(item, param, levels - 1)]
 
 
 def check_messages(messages: Any, tools: Any = None) -> list[dict[str, Any]]:
@@ -88,6 +93,6 @@ def check_messages(messages: Any, tools: Any = None) -> list[dict[str, Any]]:
     if len(messages) > MAX_MESSAGES:
         raise RequestTooLarge(f"{len(messages)} messages, at most {MAX_MESSAGES} are taken", param="messages")
     checked = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
-    for text in _strings(tools):
+    for text in _strings(tools, "tools"):
         check_text(text, "tools")
     return checked

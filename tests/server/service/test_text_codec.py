@@ -88,6 +88,16 @@ def test_developer_is_system(codec: TextCodec) -> None:
     assert codec.chat([{"role": "developer", "content": "x"}]) == expected
 
 
+def test_what_is_nested_too_deeply_is_refused(codec: TextCodec) -> None:
+    deep: dict[str, object] = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    message = {"role": "assistant", "content": "x", "tool_calls": [deep]}
+    for messages, tools in (([message], None), ([{"role": "user", "content": "x"}], [deep])):
+        with pytest.raises(InvalidRequest, match="nested more than"):
+            codec.chat(messages, tools=tools)
+
+
 def test_missing_template_is_said(llama_like_folder: Path) -> None:
     codec = TextCodec(llama_like_folder)
     with pytest.raises(InvalidRequest, match="no chat template"):
