@@ -93,7 +93,7 @@ _RULES = FieldRules(
 
 # Initializations that change the base's own weights: PEFT repeats that change when it loads such an adapter. Serving
 # it on the unchanged base would be wrong. PEFT converts such an adapter to a plain one when it is saved (see
-# `_init_problem`).
+# `_refusals`).
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

@@ -14,11 +14,12 @@ from adaplex_proto.v1 import adaplex_pb2_grpc as pb_grpc
 from adaplex_server.grpc_api.access import caller_of
 from adaplex_server.grpc_api.constraints import constraint_of
 from adaplex_server.grpc_api.errors import streaming, unary
-from adaplex_server.grpc_api.tool_use import ToolTeller, ToolUse, templated
+from adaplex_server.grpc_api.tool_use import ToolTeller, templated, tool_use
 from adaplex_server.grpc_api.translate import event_message
 from adaplex_server.request_scope import open_scope
 from adaplex_server.service.limits import SamplingRequest
 from adaplex_server.service.service import Service
+from adaplex_server.service.tool_use import ToolUse
 from adaplex_server.vocabulary import Constraint, Delta, Finish
 
 OPTIONAL_FIELDS = (
@@ -52,7 +53,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         request_id = request.request_id or secrets.token_hex(12)
         open_scope(request_id, sent.get("traceparent", ""), sent.get("tracestate", ""))
         self._service.check_room(model=request.model)
-        tools = ToolUse.of(request.chat, self._service.text.tool_format) if request.HasField("chat") else None
+        tools = tool_use(request.chat, self._service.text.tool_format) if request.HasField("chat") else None
         constraint = _constraint(request, tools)
         await self._service.check(constraint)
         wanted = self._service.request(
@@ -63,7 +64,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             deadline=context.time_remaining(),
             caller=caller_of(context, self._service.gate),
         )
-        tellers = [tools.teller() for _ in range(wanted.n)] if tools else None
+        tellers = [ToolTeller(tools) for _ in range(wanted.n)] if tools else None
         async with aclosing(self._service.generate(wanted)) as events:
             async for event in events:
                 for message in (event_message(event),) if tellers is None else _told(event, tellers[event.index]):

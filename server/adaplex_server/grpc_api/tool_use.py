@@ -6,66 +6,44 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_proto.v1 import adaplex_pb2 as pb
-from adaplex_server.service.tool_calls import Called, Piece, Said, ToolCalls
-from adaplex_server.service.tool_formats import UNKNOWN_FORM, ToolFormat
-from adaplex_server.vocabulary import Constraint
-
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-_MAX_TOOLS = 128
+from adaplex_server.service.tool_calls import Called, Piece, Said
+from adaplex_server.service.tool_formats import ToolFormat
+from adaplex_server.service.tool_use import MAX_TOOLS, NAME, ToolUse
 
 
-@dataclass(frozen=True)
-class ToolUse:
-    """told: the tools as chat templates expect them. names: of those that may be called. constraint: of the answer,
-    where it must be a call.
-    """
-
-    form: ToolFormat
-    told: Sequence[dict[str, Any]]
-    names: frozenset[str]
-    constraint: Constraint | None
-
-    @staticmethod
-    def of(chat: pb.Chat, form: ToolFormat | None) -> ToolUse | None:
-        """None where no tool may be called. Raises InvalidRequest."""
-        tools = {tool.name: _function(number, tool) for number, tool in enumerate(chat.tools)}
-        if len(tools) < len(chat.tools):
-            raise _bad("tools hold two functions of one name", "tools")
-        if len(tools) > _MAX_TOOLS:
-            raise _bad(f"there are {len(tools)} tools, at most {_MAX_TOOLS} are allowed", "tools")
-        mode, one = chat.tool_choice.mode, chat.tool_choice.function
-        forced = bool(one) or mode == pb.ToolChoice.MODE_REQUIRED
-        if (forced and not tools) or (one and one not in tools):
-            raise _bad("tool_choice asks for a function that is not among the tools", "tool_choice")
-        if not tools or (not one and mode == pb.ToolChoice.MODE_NONE):
-            return None
-        if form is None:
-            raise _bad(UNKNOWN_FORM, "tools")
-        callable_ones = [tools[one]] if one else list(tools.values())
-        several = not one and (chat.parallel_tool_calls or not chat.HasField("parallel_tool_calls"))
-        return ToolUse(
-            form,
-            [{"type": "function", "function": tool} for tool in tools.values()],
-            frozenset(tool["name"] for tool in callable_ones),
-            form.constraint(callable_ones, several=several) if forced else None,
-        )
-
-    def teller(self) -> ToolTeller:
-        """For one choice."""
-        return ToolTeller(ToolCalls(self.form, self.names), self.form)
+def tool_use(chat: pb.Chat, form: ToolFormat | None) -> ToolUse | None:
+    """None where no tool may be called. Raises InvalidRequest."""
+    tools = {tool.name: _function(number, tool) for number, tool in enumerate(chat.tools)}
+    if len(tools) < len(chat.tools):
+        raise _bad("tools hold two functions of one name", "tools")
+    if len(tools) > MAX_TOOLS:
+        raise _bad(f"there are {len(tools)} tools, at most {MAX_TOOLS} are allowed", "tools")
+    mode, only = chat.tool_choice.mode, chat.tool_choice.function or None
+    if mode not in pb.ToolChoice.Mode.values():
+        raise _bad(f"tool_choice has the mode {mode}; known are {', '.join(pb.ToolChoice.Mode.keys())}", "tool_choice")
+    required = mode == pb.ToolChoice.MODE_REQUIRED
+    if (required and not tools) or (only and only not in tools):
+        raise _bad("tool_choice asks for a function that is not among the tools", "tool_choice")
+    if not tools or (not only and mode == pb.ToolChoice.MODE_NONE):
+        return None
+    several = chat.parallel_tool_calls or not chat.HasField("parallel_tool_calls")
+    try:
+        return ToolUse.of(list(tools.values()), form, only=only, required=required, several=several)
+    except InvalidRequest as error:
+        error.param = f"chat.{error.param}"
+        raise
 
 
 class ToolTeller:
     """Tells one choice's text and calls, piece by piece."""
 
-    def __init__(self, calls: ToolCalls, form: ToolFormat) -> None:
-        self._calls = calls
-        self._form = form
+    def __init__(self, use: ToolUse) -> None:
+        self._calls = use.calls()
+        self._form = use.form
 
     @property
     def called(self) -> bool:
@@ -123,7 +101,7 @@ def _arguments(call: pb.ToolCall) -> Any:
 
 
 def _function(number: int, tool: pb.Tool) -> dict[str, Any]:
-    if not _NAME.fullmatch(tool.name):
+    if not re.fullmatch(NAME, tool.name):
         raise _bad(f"the name of tool {number} must be 1 to 64 letters, digits, dots, dashes or underscores", "tools")
     parameters: Any = {"type": "object", "properties": {}}
     if tool.parameters_json:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.http_api.body import read_model
-from adaplex_server.http_api.choices import Choice, finish_reason, gather, merged, usage
+from adaplex_server.http_api.choices import Choice, UsageSoFar, finish_reason, gather, merged, usage
 from adaplex_server.http_api.context import RequestContext, context_of
 from adaplex_server.http_api.disconnect import while_connected
 from adaplex_server.http_api.event_stream import DONE, event, open_stream
@@ -34,8 +34,9 @@ from adaplex_server.http_api.schemas.chat import ChatCompletionRequest
 from adaplex_server.http_api.settings import HttpSettings
 from adaplex_server.http_api.time_limit import time_limit
 from adaplex_server.http_api.tokens import chat_logprobs, prompt_logprobs
-from adaplex_server.http_api.tool_use import ToolTeller, ToolUse
+from adaplex_server.http_api.tool_use import ToolTeller, tool_use
 from adaplex_server.service.service import Service
+from adaplex_server.service.tool_use import ToolUse
 from adaplex_server.vocabulary import Delta, Finish, GenerateRequest, TokenLogprob
 
 
@@ -68,7 +69,7 @@ class ChatCompletions:
         context = context_of(request.scope)
         context.model = body.model
         self._service.check_room(model=body.model)
-        tools = ToolUse.of(body, self._service.text.tool_format) if body.tools else None
+        tools = tool_use(body, self._service.text.tool_format) if body.tools else None
         asked = await self._request(body, tools, context, time_limit(request))
         if body.stream:
             return await open_stream(request, self._chunks(body, tools, asked), limits)
@@ -82,7 +83,7 @@ class ChatCompletions:
             await self._service.check(constraint)
             prompt = await self._service.chat(
                 [message.templated() for message in body.messages],
-                tools=[tool.templated() for tool in body.tools or ()] if tools else None,
+                tools=tools.told if tools else None,
             )
             return self._service.request(
                 model=body.model,
@@ -114,7 +115,7 @@ class ChatCompletions:
         )
 
     def _choice(self, body: ChatCompletionRequest, tools: ToolUse | None, index: int, choice: Choice) -> ChatChoice:
-        text, teller = "".join(choice.text), tools.teller() if tools else None
+        text, teller = "".join(choice.text), ToolTeller(tools) if tools else None
         return ChatChoice(
             index=index,
             message=teller.message(text) if teller else AnswerMessage(text),
@@ -142,12 +143,14 @@ class ChatCompletions:
         self, body: ChatCompletionRequest, tools: ToolUse | None, asked: GenerateRequest
     ) -> AsyncGenerator[bytes, None]:
         """The stream's events: role, deltas, finish for each choice, then usage if wanted, then [DONE]."""
-        write = _ChunkWriter(body)
+        so_far = UsageSoFar([asked.prompt], wanted=body.wants_usage, so_far=body.wants_usage_so_far)
+        write = _ChunkWriter(body, so_far)
         started: set[int] = set()
-        tellers = [tools.teller() if tools else None for _ in range(asked.n)]
+        tellers = [ToolTeller(tools) if tools else None for _ in range(asked.n)]
         finishes: list[Finish] = []
         async with aclosing(self._service.generate(asked)) as events:
             async for one in events:
+                so_far.add(one)
                 out = b""
                 if one.index not in started:
                     about_prompt = {}
@@ -183,14 +186,14 @@ class ChatCompletions:
 class _ChunkWriter:
     """Makes events with the stream's id, time and model."""
 
-    def __init__(self, body: ChatCompletionRequest) -> None:
+    def __init__(self, body: ChatCompletionRequest, so_far: UsageSoFar) -> None:
         self._id = _new_id()
         self._created = int(time.time())
         self._model = body.model
-        self._usage = None if body.wants_usage else UNSET
+        self._so_far = so_far
 
     def __call__(self, choices: list[ChatChunkChoice], **more: Any) -> bytes:
-        fields = {"usage": self._usage, **more} if more else {"usage": self._usage}
+        fields = {"usage": self._so_far.told, **more}
         chunk = ChatCompletionChunk(self._id, self._created, self._model, choices, **fields)
         return event(msgspec.json.encode(chunk))
 

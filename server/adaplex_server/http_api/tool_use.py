@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from msgspec import UNSET
 
-from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.http_api.schemas.answers import (
     AnswerMessage,
     CalledFunction,
@@ -18,54 +15,32 @@ from adaplex_server.http_api.schemas.answers import (
     ToolCall,
 )
 from adaplex_server.http_api.schemas.chat import ChatCompletionRequest
-from adaplex_server.http_api.schemas.tools import NamedTool, Tool
-from adaplex_server.service.tool_calls import Argued, Called, Piece, Said, ToolCalls
-from adaplex_server.service.tool_formats import UNKNOWN_FORM, ToolFormat
-from adaplex_server.vocabulary import Constraint
+from adaplex_server.http_api.schemas.tools import NamedTool
+from adaplex_server.service.tool_calls import Argued, Called, Piece, Said
+from adaplex_server.service.tool_formats import ToolFormat
+from adaplex_server.service.tool_use import ToolUse
 
 
-@dataclass(frozen=True)
-class ToolUse:
-    """tools: those that may be called. form: how this base writes calls. forced: the answer must be a call."""
-
-    tools: Sequence[Tool]
-    form: ToolFormat
-    forced: bool
-    several: bool
-
-    @staticmethod
-    def of(body: ChatCompletionRequest, form: ToolFormat | None) -> ToolUse | None:
-        """None where no tool may be called. Raises InvalidRequest where the base knows none."""
-        choice = body.tool_choice or "auto"
-        if not body.tools or choice == "none":
-            return None
-        if form is None:
-            raise InvalidRequest(UNKNOWN_FORM, param="tools")
-        tools: Sequence[Tool] = body.tools
-        if isinstance(choice, NamedTool):
-            tools = [tool for tool in body.tools if tool.function.name == choice.function.name]
-        several = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
-        return ToolUse(tools, form, choice != "auto", several)
-
-    @property
-    def constraint(self) -> Constraint | None:
-        """Where a call is asked for, the answer is calls that keep to the tools' schemas, and nothing else."""
-        if not self.forced:
-            return None
-        told = [{"name": tool.function.name, "parameters": tool.parameters} for tool in self.tools]
-        return self.form.constraint(told, several=self.several)
-
-    def teller(self) -> ToolTeller:
-        """For one choice."""
-        return ToolTeller(ToolCalls(self.form, {tool.function.name for tool in self.tools}), self.form)
+def tool_use(body: ChatCompletionRequest, form: ToolFormat | None) -> ToolUse | None:
+    """None where no tool may be called. Raises InvalidRequest where the base knows none."""
+    choice = body.tool_choice or "auto"
+    if not body.tools or choice == "none":
+        return None
+    return ToolUse.of(
+        [tool.described() for tool in body.tools],
+        form,
+        only=choice.function.name if isinstance(choice, NamedTool) else None,
+        required=choice == "required",
+        several=body.parallel_tool_calls is not False,
+    )
 
 
 class ToolTeller:
     """Tells one choice's text and calls, whole or piece by piece. Owns the ids of its calls."""
 
-    def __init__(self, calls: ToolCalls, form: ToolFormat) -> None:
-        self._calls = calls
-        self._form = form
+    def __init__(self, use: ToolUse) -> None:
+        self._calls = use.calls()
+        self._form = use.form
 
     @property
     def called(self) -> bool:

@@ -10,9 +10,9 @@ import pytest
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_proto.v1 import adaplex_pb2 as pb
 from adaplex_server.grpc_api.constraints import constraint_of
-from adaplex_server.grpc_api.tool_use import ToolUse, templated
+from adaplex_server.grpc_api.tool_use import ToolTeller, templated, tool_use
 from adaplex_server.http_api.schemas.chat import ChatCompletionRequest
-from adaplex_server.http_api.tool_use import ToolUse as OverHttp
+from adaplex_server.http_api.tool_use import tool_use as over_http_use
 from adaplex_server.service.tool_formats import ToolFormat
 from adaplex_server.vocabulary import Constraint
 
@@ -68,7 +68,7 @@ def chat(*tools: pb.Tool, **more: Any) -> pb.Chat:
     ],
 )
 def test_a_choice_means_what_it_means_over_http(choice: Any, over_http: Any, several: bool | None) -> None:
-    use = ToolUse.of(chat(WEATHER, CLOCK, tool_choice=choice, parallel_tool_calls=several), HERMES)
+    use = tool_use(chat(WEATHER, CLOCK, tool_choice=choice, parallel_tool_calls=several), HERMES)
     functions = [{"name": "weather", "description": "Of a city", "parameters": SCHEMA}, {"name": "clock"}]
     body = ChatCompletionRequest(
         model="m",
@@ -77,15 +77,12 @@ def test_a_choice_means_what_it_means_over_http(choice: Any, over_http: Any, sev
         tool_choice=over_http,
         parallel_tool_calls=several,
     )
-    theirs = OverHttp.of(body, HERMES)
-    assert use is not None and theirs is not None and use.constraint == theirs.constraint
-    assert list(use.told) == [tool.templated() for tool in body.tools or ()]
-    assert use.names == {tool.function.name for tool in theirs.tools}
+    assert use is not None and use == over_http_use(body, HERMES)
 
 
 def test_no_tools_and_tools_that_cannot_be() -> None:
-    assert ToolUse.of(chat(), None) is None
-    assert ToolUse.of(chat(CLOCK, tool_choice=pb.ToolChoice(mode=pb.ToolChoice.MODE_NONE)), None) is None
+    assert tool_use(chat(), None) is None
+    assert tool_use(chat(CLOCK, tool_choice=pb.ToolChoice(mode=pb.ToolChoice.MODE_NONE)), None) is None
     bad = [
         (chat(CLOCK, CLOCK), "of one name"),
         (chat(pb.Tool(name="a b")), "letters"),
@@ -93,19 +90,21 @@ def test_no_tools_and_tools_that_cannot_be() -> None:
         (chat(pb.Tool(name="a", parameters_json="{")), "no JSON"),
         (chat(CLOCK, tool_choice=pb.ToolChoice(function="weather")), "not among"),
         (chat(tool_choice=pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED)), "not among"),
+        (chat(CLOCK, tool_choice=pb.ToolChoice(mode=9)), "mode 9"),  # type: ignore[arg-type]
     ]
     for asked, what in bad:
         with pytest.raises(InvalidRequest, match=what):
-            ToolUse.of(asked, HERMES)
-    with pytest.raises(InvalidRequest, match="no tools"):
-        ToolUse.of(chat(CLOCK), None)
+            tool_use(asked, HERMES)
+    with pytest.raises(InvalidRequest, match="no tools") as refused:
+        tool_use(chat(CLOCK), None)
+    assert refused.value.param == "chat.tools"
 
 
 @pytest.mark.parametrize("size", [1, 3, len(SAID)])
 def test_calls_are_told_in_pieces_and_the_text_is_without_them(size: int) -> None:
-    use = ToolUse.of(chat(WEATHER), HERMES)
+    use = tool_use(chat(WEATHER), HERMES)
     assert use is not None
-    teller = use.teller()
+    teller = ToolTeller(use)
     deltas = [teller.tell(pb.Delta(text=SAID[at : at + size], token_ids=[1])) for at in range(0, len(SAID), size)]
     calls = [call for delta in deltas for call in delta.tool_calls]
     assert "".join(delta.text for delta in deltas) == "Looking." and teller.called and teller.rest(0) is None
@@ -115,9 +114,9 @@ def test_calls_are_told_in_pieces_and_the_text_is_without_them(size: int) -> Non
 
 
 def test_what_looks_like_a_call_and_is_none_stays_text() -> None:
-    use = ToolUse.of(chat(WEATHER), HERMES)
+    use = tool_use(chat(WEATHER), HERMES)
     assert use is not None
-    teller = use.teller()
+    teller = ToolTeller(use)
     told, rest = teller.tell(pb.Delta(text="<tool_ca")), teller.rest(2)
     assert not told.text and rest is not None and (rest.text, rest.index) == ("<tool_ca", 2) and not teller.called
 

@@ -8,8 +8,9 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema, model_val
 
 from adaplex_server.http_api.schemas.fields import ConflictingFields, Only, RequestModel
 from adaplex_server.http_api.schemas.sampling import SamplingFields
-from adaplex_server.http_api.schemas.tools import MAX_TOOLS, NamedTool, Tool, ToolCall
+from adaplex_server.http_api.schemas.tools import NamedTool, Tool, ToolCall
 from adaplex_server.service.limits import MAX_LOGPROBS
+from adaplex_server.service.tool_use import MAX_TOOLS
 
 MAX_MESSAGES = 4096
 

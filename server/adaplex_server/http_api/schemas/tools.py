@@ -8,9 +8,7 @@ import orjson
 from pydantic import Field
 
 from adaplex_server.http_api.schemas.fields import RequestModel
-
-NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
-MAX_TOOLS = 128
+from adaplex_server.service.tool_use import NAME
 
 
 class Function(RequestModel):
@@ -28,15 +26,10 @@ class Tool(RequestModel):
     type: Literal["function"]
     function: Function
 
-    def templated(self) -> dict[str, Any]:
-        """As chat templates expect it."""
-        told = {"name": self.function.name, "description": self.function.description or ""}
-        return {"type": "function", "function": {**told, "parameters": self.parameters}}
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The schema, which says "an object" where the client says nothing."""
-        return self.function.parameters or {"type": "object", "properties": {}}
+    def described(self) -> dict[str, Any]:
+        """The function, whose schema says "an object" where the client says nothing."""
+        parameters = self.function.parameters or {"type": "object", "properties": {}}
+        return {"name": self.function.name, "description": self.function.description or "", "parameters": parameters}
 
 
 class NamedFunction(RequestModel):
