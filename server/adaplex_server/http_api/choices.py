@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from msgspec import UNSET, UnsetType
+
 from adaplex_adapters.errors import InternalError
 from adaplex_server.http_api.disconnect import stop
 from adaplex_server.http_api.schemas.answers import FinishReason, PromptTokensDetails, Usage
@@ -63,6 +65,29 @@ def usage(finishes: Iterable[tuple[int, Finish]]) -> Usage:
     asked = sum(one.prompt_tokens for one in prompts.values())
     cached = sum(one.cached_tokens for one in prompts.values())
     return Usage(asked, generated, asked + generated, PromptTokensDetails(cached))
+
+
+class UsageSoFar:
+    """What the chunks of a stream tell of the usage: nothing, null, or the tokens so far, whose count it owns."""
+
+    def __init__(self, prompts: Iterable[Sequence[int]], *, wanted: bool, so_far: bool) -> None:
+        self._prompt = sum(map(len, prompts))
+        self._generated = 0
+        self._wanted = wanted
+        self._so_far = so_far
+
+    def add(self, event: Event) -> None:
+        """The next event of the stream."""
+        if isinstance(event, Delta):
+            self._generated += len(event.token_ids)
+
+    @property
+    def told(self) -> Usage | UnsetType | None:
+        """For the next chunk."""
+        if not self._so_far:
+            return None if self._wanted else UNSET
+        total = self._prompt + self._generated
+        return Usage(self._prompt, self._generated, total, PromptTokensDetails(0))
 
 
 async def gather(streams: AsyncGenerator[tuple[int, Event], None], prompts: int, n: int) -> list[list[Choice]]:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import msgspec
-from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.http_api.body import read_model
-from adaplex_server.http_api.choices import Choice, Event, finish_reason, gather, merged, usage
+from adaplex_server.http_api.choices import Choice, Event, UsageSoFar, finish_reason, gather, merged, usage
 from adaplex_server.http_api.completion_choice import ChoiceWriter
 from adaplex_server.http_api.context import RequestContext, context_of
 from adaplex_server.http_api.disconnect import while_connected
@@ -131,12 +130,14 @@ class Completions:
         """The stream's events, choices interleaved; then usage if wanted, then [DONE]."""
         head = (_new_id(), int(time.time()), body.model)
         n = asked[0].request.n
-        no_usage = None if body.wants_usage else UNSET
+        prompts = [one.request.prompt for one in asked]
+        so_far = UsageSoFar(prompts, wanted=body.wants_usage, so_far=body.wants_usage_so_far)
         writers: dict[int, ChoiceWriter] = {}
         finishes: list[tuple[int, Finish]] = []
         async with aclosing(self._events(asked)) as events:
             async for p, one in events:
                 index = p * n + one.index
+                so_far.add(one)
                 writer = writers.get(index) or writers.setdefault(index, self._writer(body, asked[p], index))
                 new = Choice()
                 new.add(one)
@@ -145,7 +146,7 @@ class Completions:
                     finishes.append((p, new.end))
                 told = writer.write(new, new.end)
                 if told.text or told.logprobs or told.finish_reason or told.token_ids:
-                    yield event(msgspec.json.encode(Completion(*head, [told], usage=no_usage)))
+                    yield event(msgspec.json.encode(Completion(*head, [told], usage=so_far.told)))
         tail = b""
         if body.wants_usage:
             tail = event(msgspec.json.encode(Completion(*head, [], usage=usage(finishes))))

@@ -52,6 +52,19 @@ def test_stream_with_usage_ends_with_a_chunk_without_choices(client: Any) -> Non
     assert all(c.usage is None and c.choices for c in chunks[:-1])
 
 
+@pytest.mark.parametrize("path", ["chat", "plain"])
+def test_every_chunk_tells_the_usage_so_far(client: Any, path: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = {"model": "alpha", "stream": True, "stream_options": options}
+    if path == "chat":
+        chunks = list(client.chat.completions.create(messages=USER, **asked))
+    else:
+        chunks = list(client.completions.create(prompt="hi", max_tokens=100, **asked))
+    told = [chunk.usage.completion_tokens for chunk in chunks]
+    assert told == sorted(told) and len(set(told)) > 5 and chunks[-1].choices == []
+    assert all(c.usage.prompt_tokens == chunks[-1].usage.prompt_tokens for c in chunks) and told[-1] == told[-2]
+
+
 def test_stream_bytes(http: Any) -> None:
     body = {"model": "alpha", "messages": USER, "stream": True, "max_tokens": 2}
     answer = http.post("/v1/chat/completions", json=body)

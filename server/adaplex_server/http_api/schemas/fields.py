@@ -105,8 +105,10 @@ TokenIds = Annotated[
 
 
 class StreamOptions(RequestModel):
-    """How a stream ends: `include_usage` asks for one more chunk with the usage of the whole request."""
+    """How a stream ends: `include_usage` asks for one more chunk with the usage of the whole request, and vLLM's
+    `continuous_usage_stats` beside it for the usage so far in each chunk.
+    """
 
     include_usage: bool | None = None
     include_obfuscation: Annotated[Any, Only(False)] = None
-    continuous_usage_stats: Annotated[Any, Only(False)] = None
+    continuous_usage_stats: bool | None = None

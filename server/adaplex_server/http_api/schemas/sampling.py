@@ -63,6 +63,11 @@ class SamplingFields(ConstraintFields):
         """Whether a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def wants_usage_so_far(self) -> bool:
+        """Whether every chunk of a stream tells it."""
+        return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
     def sampling(self, *, max_tokens: int | None, logprobs: int | None, **more: Any) -> SamplingRequest:
         """The same wishes in the service's words, untouched."""
         wishes = {
