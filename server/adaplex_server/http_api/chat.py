@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.http_api.body import read_model
-from adaplex_server.http_api.choices import Choice, finish_reason, gather, merged, usage
+from adaplex_server.http_api.choices import Choice, UsageSoFar, finish_reason, gather, merged, usage
 from adaplex_server.http_api.context import RequestContext, context_of
 from adaplex_server.http_api.disconnect import while_connected
 from adaplex_server.http_api.event_stream import DONE, event, open_stream
@@ -143,12 +143,14 @@ class ChatCompletions:
         self, body: ChatCompletionRequest, tools: ToolUse | None, asked: GenerateRequest
     ) -> AsyncGenerator[bytes, None]:
         """The stream's events: role, deltas, finish for each choice, then usage if wanted, then [DONE]."""
-        write = _ChunkWriter(body)
+        so_far = UsageSoFar([asked.prompt], wanted=body.wants_usage, so_far=body.wants_usage_so_far)
+        write = _ChunkWriter(body, so_far)
         started: set[int] = set()
         tellers = [ToolTeller(tools) if tools else None for _ in range(asked.n)]
         finishes: list[Finish] = []
         async with aclosing(self._service.generate(asked)) as events:
             async for one in events:
+                so_far.add(one)
                 out = b""
                 if one.index not in started:
                     about_prompt = {}
@@ -184,14 +186,14 @@ class ChatCompletions:
 class _ChunkWriter:
     """Makes events with the stream's id, time and model."""
 
-    def __init__(self, body: ChatCompletionRequest) -> None:
+    def __init__(self, body: ChatCompletionRequest, so_far: UsageSoFar) -> None:
         self._id = _new_id()
         self._created = int(time.time())
         self._model = body.model
-        self._usage = None if body.wants_usage else UNSET
+        self._so_far = so_far
 
     def __call__(self, choices: list[ChatChunkChoice], **more: Any) -> bytes:
-        fields = {"usage": self._usage, **more} if more else {"usage": self._usage}
+        fields = {"usage": self._so_far.told, **more}
         chunk = ChatCompletionChunk(self._id, self._created, self._model, choices, **fields)
         return event(msgspec.json.encode(chunk))
 
