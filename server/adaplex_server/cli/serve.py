@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaplex_server.cli.descriptors import raise_limit
 from adaplex_server.cli.logs import set_up_logs
 from adaplex_server.cli.options import with_settings
 from adaplex_server.cli.progress import StartupProgress
@@ -44,6 +45,7 @@ def _serve(config: Path | None, flags: dict[str, Any]) -> None:
     """
     settings = load_settings(config, os.environ, flags)
     set_up_logs(settings.log_level, settings.log_format)
+    raise_limit()
     with asyncio.Runner(loop_factory=_event_loop()) as runner:
         runner.run(run_server(settings))
 
