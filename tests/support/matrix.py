@@ -283,8 +283,10 @@ definition in plain torch.
 `make test` runs the {len(cells)} batches below, {sum(len(cell.kinds) for cell in cells)} pairs of adapter and base.
 `ADAPLEX_MATRIX=full pytest tests/server/engine/test_matrix.py` runs all: {len(CONFIGS)} families x {len(FORMATS)}
 formats x {len(KINDS)} kinds, as far as they can be made, in {len(everything)} batches, {together} pairs.
-`pytest tests/gpu/test_matrix.py` asks the same of an engine on a GPU (within {CLOSE_GPU:g}), and has not been run on one
-yet. GPTQ and AWQ are written for families with Llama's names alone, adapters of embedding and head for untied ones,
+`pytest tests/gpu/test_matrix.py` asks the same of an engine on a GPU (within {CLOSE_GPU:g}); it has not run
+on one yet.
+
+GPTQ and AWQ are written for families with Llama's names alone, adapters of embedding and head for untied ones,
 bottlenecks for families with Llama's layers.
 
 This file is written by `PYTHONPATH=tests python -m support.matrix docs/matrix.md`.
