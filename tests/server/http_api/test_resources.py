@@ -238,9 +238,9 @@ def test_the_access_log_is_one_json_line_without_prompts(http: Any, caplog: Any)
         http.post("/v1/completions?key=secret", json={"model": "alpha", "prompt": "secret"})
         http.get("/a%0ab")
         http.post("/v1/completions", json={"model": "breaks-late", "prompt": "secret", "stream": True})
-    deadline = time.monotonic() + 10  # a line is written once the last byte has gone, so the client may be first
-    while len(lines := _access_lines(caplog)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+        deadline = time.monotonic() + 10  # a line is written once the last byte has gone, so the client may be first
+        while len(lines := _access_lines(caplog)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
     assert [(one["method"], one["path"], one["status"]) for one in lines] == [
         ("POST", "/v1/completions", 200),
         ("GET", "/a\nb", 404),
