@@ -14,6 +14,7 @@ from adaplex_adapters.reader import read_unfitted
 from adaplex_adapters.store import AdapterStore
 from adaplex_server.cli.demo import demo_adapters
 from adaplex_server.cli.merge import find_adapter, merge_command
+from support.in_float32 import in_float32
 from support.tiny_base import make_base, make_tokenizer
 
 
@@ -22,20 +23,6 @@ def load_nf4(folder: Path) -> Any:
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
-
-
-def in_float32(model: Any) -> Any:
-    """The 4-bit model with its exact dequantized weights, in float32: what the merge must be equal to."""
-    import bitsandbytes
-
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            state = layer.weight.quant_state
-            state.dtype = torch.float32
-            dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
-            dense.weight.data = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
-            model.set_submodule(path, dense)
-    return torch.nn.Module.float(model).eval()
 
 
 @pytest.fixture(scope="module")
