@@ -67,18 +67,3 @@ def has_succeeded(path: Path) -> bool:
     for last in read_events(path):  # noqa: B007 (only the last one counts)
         pass
     return last is not None and last["type"] == "succeeded"
-
-
-def is_held(path: Path) -> bool:
-    """Whether a process trains there now."""
-    try:
-        lock = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
