@@ -24,6 +24,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     deadline: absolute time.monotonic() seconds (one clock for both processes of a machine), None for none.
     priority: lower values are served first, and preempted last. virtual_tokens: length of the revision's soft prompt,
     which stands before the prompt. weight: the revision's share of a busy engine, beside the others' weights.
+    tenant: whom the row is for; only rows of one tenant share the pages of a prompt's beginning, so that nobody learns
+    what others ask.
     """
 
     row: int
@@ -34,6 +36,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     priority: int = 0
     virtual_tokens: int = 0
     weight: float = 1.0
+    tenant: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

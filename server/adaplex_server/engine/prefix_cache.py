@@ -1,7 +1,8 @@
 """Full KV pages that are kept after their row, to be shared by rows that begin with the same tokens.
 
 A page is known by a digest over (revision, all tokens up to the page's end), so the same prefix under another adapter
-is another page, and a name reloaded with other weights can never meet a stale one. Owns which pages the cache holds;
+is another page, and a name reloaded with other weights can never meet a stale one. Nor do tenants meet: who could find
+a page of another one would learn from the time that it takes what that one has asked. Owns which pages the cache holds;
 the count of holders is the `PagePool`'s.
 """
 
@@ -16,9 +17,10 @@ from hashlib import blake2b
 from adaplex_server.engine.page_pool import PagePool
 
 
-def root_digest(revision: str | None) -> bytes:
-    """Where every chain of a revision begins (None: the base)."""
-    return blake2b(b"base" if revision is None else b"adapter:" + revision.encode(), digest_size=16).digest()
+def root_digest(revision: str | None, tenant: str = "") -> bytes:
+    """Where every chain of a revision (None: the base) and a tenant begins."""
+    of = b"base" if revision is None else b"adapter:" + revision.encode()
+    return blake2b(of, digest_size=16, key=blake2b(tenant.encode(), digest_size=16).digest()).digest()
 
 
 def next_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -61,12 +63,14 @@ class PrefixCache:
         """Every page that the cache holds (for the audit)."""
         return list(self._entry_of)
 
-    def extend_digests(self, digests: list[bytes], revision: str | None, tokens: Sequence[int], pages: int) -> None:
+    def extend_digests(
+        self, digests: list[bytes], revision: str | None, tokens: Sequence[int], pages: int, tenant: str = ""
+    ) -> None:
         """Make `digests` cover the first `pages` full pages of `tokens`."""
         size = self._page_size
         while len(digests) < pages:
             at = len(digests)
-            parent = digests[-1] if digests else root_digest(revision)
+            parent = digests[-1] if digests else root_digest(revision, tenant)
             digests.append(next_digest(parent, tokens[at * size : (at + 1) * size]))
 
     def match(self, digests: Sequence[bytes]) -> list[int]:

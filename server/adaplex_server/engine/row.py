@@ -17,8 +17,8 @@ class Row:
 
     tokens: the virtual ones of a soft prompt (-1, -2, ...: no ids of the vocabulary), then prompt and generated ones,
     as far as the host knows them. virtual: how many of them are virtual. prompt_length: with these. weight: of
-    its revision. queued: when it came. max_tokens: as asked, or less where the context ends earlier. pages: only ever
-    extended in place; another list means other pages.
+    its revision. tenant: as in `Submit`. queued: when it came. max_tokens: as asked, or less where
+    the context ends earlier. pages: only ever extended in place; another list means other pages.
     digests: of the full pages so far, for the prefix cache. slot: the adapter's, None for the base or while the row
     has never run. scores: log-probabilities of the prompt's own tokens gathered so far. kept_pages: how many of `pages`
     have been offered to the prefix cache. began: when it first got its place in a step. A preempted row has text and
@@ -43,6 +43,7 @@ class Row:
     max_tokens: int
     virtual: int = 0
     weight: float = 1.0
+    tenant: str = ""
     queued: float = 0.0
     computed: int = 0
     settled: int = 0

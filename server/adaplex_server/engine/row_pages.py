@@ -31,7 +31,7 @@ class RowPages:
         found: list[int] = []
         if self._cache.enabled and not row.scoring:
             full = (total - 1) // self._size  # never the last token: its logits are wanted
-            self._cache.extend_digests(row.digests, row.revision, row.tokens, full)
+            self._cache.extend_digests(row.digests, row.revision, row.tokens, full, row.tenant)
             found = self._cache.match(row.digests[:full])
         needed = -(-total // self._size) - len(found)
         if self._cache.available < needed + min(spare, self._cache.available // 8 + 1):
@@ -54,7 +54,7 @@ class RowPages:
         full = row.settled // self._size
         if not self._cache.enabled or full == row.kept_pages:
             return
-        self._cache.extend_digests(row.digests, row.revision, row.tokens, full)
+        self._cache.extend_digests(row.digests, row.revision, row.tokens, full, row.tenant)
         for i in range(row.kept_pages, full):
             self._cache.insert(row.digests[i], row.revision, row.pages[i])
         row.kept_pages = full

@@ -98,6 +98,7 @@ class Scheduler:
             max_tokens=min(sampling.max_tokens, self.max_context - length),
             virtual=virtual,
             weight=message.weight,
+            tenant=message.tenant,
             queued=now,
             guide=guide,
             scores=[None] if sampling.prompt_logprobs is not None else [],

@@ -138,7 +138,8 @@ class Answer:
             row = _Row(self, index, next_row(), self.began, on_row_end)
             self._rows.append(row)
             priority = request.priority
-            self._link.submit(Submit(row.id, prompt, sampling, revision, deadline, priority, virtual, weight), row)
+            of = request.caller.owner or ""
+            self._link.submit(Submit(row.id, prompt, sampling, revision, deadline, priority, virtual, weight, of), row)
 
     @property
     def rows(self) -> Sequence[RowTimes]:

@@ -18,8 +18,9 @@ def fill(cache: PrefixCache, revision: str | None, tokens: list[int]) -> tuple[l
 
 def test_a_digest_depends_on_revision_order_and_every_token() -> None:
     seen = {root_digest(None), root_digest("a"), root_digest("base"), root_digest("")}
+    seen |= {root_digest(None, "a"), root_digest("a", "b"), root_digest("b", "a"), root_digest(None, "ab")}
     seen |= {next_digest(root_digest(r), t) for r in (None, "a") for t in ([1, 2], [2, 1], [1, 3], [258, 0])}
-    assert len(seen) == 12
+    assert len(seen) == 16
     assert next_digest(next_digest(root_digest("a"), [1]), [2]) != next_digest(root_digest("a"), [1, 2])
 
 

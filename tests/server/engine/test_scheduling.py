@@ -229,6 +229,17 @@ def test_token_ids_outside_the_vocabulary_end_only_their_row() -> None:
     assert world.ends[9][0].reason == "length"
 
 
+def test_no_tenant_finds_what_another_has_asked() -> None:
+    world = make_world({"r1": 1})
+    prompt = [i % VOCAB for i in range(21)]
+    asked = [(None, ""), (None, "a"), (None, "a"), (None, "b"), ("r1", "a"), ("r1", "b"), ("r1", "b"), (None, "")]
+    for row, (revision, tenant) in enumerate(asked):
+        world.inbox.put(Submit(row, prompt, GREEDY, revision, tenant=tenant))
+        world.settle()
+    assert [world.tokens[row][0].cached_tokens for row in range(8)] == [0, 0, 20, 0, 0, 0, 20, 20]
+    assert world.text(0) == world.text(1) == world.text(3) != world.text(4) == world.text(5)
+
+
 def test_a_prefix_is_found_again_and_told() -> None:
     world = make_world({"r1": 1})
     prompt = [i % VOCAB for i in range(21)]

@@ -22,6 +22,7 @@ from adaplex_adapters.errors import (
     StartupError,
     Unavailable,
 )
+from adaplex_server.caller import ANYONE, Caller
 from adaplex_server.service.limits import SamplingRequest
 from adaplex_server.service.service import Service
 from adaplex_server.service.settings import ServiceSettings
@@ -124,6 +125,16 @@ async def test_cancelled_task_cancels_rows(service: Service) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     await eventually(lambda: rows(service) == 0)
+
+
+async def test_rows_are_of_whom_the_key_was_made_for(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, seen = service._engine.link(), []
+    submit = link.submit
+    monkeypatch.setattr(link, "submit", lambda message, row: (seen.append(message.tenant), submit(message, row)))
+    for caller in (ANYONE, Caller("12ab", "team")):
+        request = service.request(model="tiny", prompt=[5], sampling=SamplingRequest(max_tokens=1), caller=caller)
+        await answered(service, request)
+    assert seen == ["", "team"]
 
 
 async def test_unknown_model_lists_what_there_is(service: Service, adapters: tuple[Path, ...]) -> None:
