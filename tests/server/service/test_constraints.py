@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -36,12 +35,11 @@ REFUSED = {
 }
 
 
+@pytest.mark.timeout(60)  # hostile ones would take hours
 @pytest.mark.parametrize(("constraint", "words"), REFUSED.values(), ids=REFUSED)
 async def test_bad_constraints_are_bad_requests(constraint: Constraint, words: str) -> None:
-    began = time.monotonic()
     with pytest.raises(InvalidRequest, match=words):
         await ConstraintCheck()(constraint)
-    assert time.monotonic() - began < 20
 
 
 async def test_good_constraints_pass_and_are_remembered() -> None:
