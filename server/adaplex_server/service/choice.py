@@ -77,14 +77,16 @@ class Choice:
             self._text += matcher.push(piece)
             self.matched = matcher.matched is not None
 
-    def delta(self) -> Delta | None:
-        """What can be sent now, if there is any text."""
+    def delta(self, *, last: bool = False) -> Delta | None:
+        """What can be sent now, if there is any text. A token that has none yet waits for it: whether it is told beside a
+        stop string must not depend on which tokens came together. With `last` it waits no longer.
+        """
         text = self._text
         if not text:
             return None
         self._text = ""
         self._sent += len(text)
-        if self._sent == self._seen:
+        if last or not self._pending or self._pending[-1][0] < self._sent:
             tokens, self._pending = self._pending, []
         else:
             tokens = [pair for pair in self._pending if pair[0] < self._sent]
@@ -97,7 +99,7 @@ class Choice:
             self._take(self._detokenizer.flush())
         if not self.matched and self._matcher:
             self._text += self._matcher.flush()
-        last = self.delta()
+        last = self.delta(last=not self.matched)
         if last is None and not self.matched and self._pending:
             tokens, self._pending = self._pending, []
             last = self._made("", tokens)

@@ -57,6 +57,31 @@ def test_end_flushes_half_a_character() -> None:
     assert [delta.text for delta in deltas] == ["a", "\ufffd"]
 
 
+@given(
+    st.lists(st.sampled_from(b"aB\xc3\xa9"), max_size=8),
+    st.sampled_from(["\ufffd", "a", "\ufffda", "é"]),
+    st.lists(st.integers(1, 5)),
+)
+def test_what_a_choice_tells_does_not_depend_on_which_tokens_come_together(
+    text: list[int], stop: str, sizes: list[int]
+) -> None:
+    """Of any bytes, also those that are no characters, and for which a stop of U+FFFD stands."""
+    told = []
+    for pieces in ([1] * 8, [*sizes, 8], [8]):
+        choice, at, deltas = made(stop), 0, []
+        for size in pieces:
+            for byte in text[at : at + size]:
+                if not choice.matched:
+                    choice.push(RowToken(1, byte))
+            at += size
+            delta = None if choice.matched or at >= len(text) else choice.delta()
+            deltas += [delta] if delta else []
+        last, _ = choice.finish(None if choice.matched else LENGTH)
+        deltas += [last] if last else []
+        told.append(("".join(d.text for d in deltas), [token for d in deltas for token in d.token_ids]))
+    assert told[0] == told[1] == told[2]
+
+
 @given(text=st.text("ab€", max_size=20), stop=st.text("ab€", min_size=1, max_size=3))
 def test_tokens_of_deltas_spell_their_text(text: str, stop: str) -> None:
     deltas, finish = run(made(stop, logprobs=0), spelled(text), LENGTH)
