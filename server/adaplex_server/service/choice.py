@@ -78,8 +78,8 @@ class Choice:
             self.matched = matcher.matched is not None
 
     def delta(self, *, last: bool = False) -> Delta | None:
-        """What can be sent now, if there is any text. A token that has none yet waits for it: whether it is told beside a
-        stop string must not depend on which tokens came together. With `last` it waits no longer.
+        """What can be sent now, if there is any text. A token that has none yet waits for it: whether it is told beside
+        a stop string must not depend on which tokens came together. With `last` it waits no longer.
         """
         text = self._text
         if not text:
