@@ -48,7 +48,11 @@ class ServerSettings(BaseModel):
         ),
     ] = None
     served_name: Annotated[
-        str | None, Field(title="Base model", description="What clients call the base; the folder's name unless given.")
+        str | None,
+        Field(
+            title="Base model",
+            description="What clients call the base; the folder's name unless given. After a comma, other names of it.",
+        ),
     ] = None
     chat_template: Annotated[
         Path | None,

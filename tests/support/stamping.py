@@ -117,12 +117,13 @@ class StampModel:
             self.fail_next -= 1
             raise torch.OutOfMemoryError("pretended")
         stamps = torch.tensor([self._device.stamp(slot) for slot in batch.row_slots])
-        of_token = stamps[batch.row_of_token.long()]
+        row_of_token = torch.repeat_interleave(torch.tensor(batch.row_tokens))
+        of_token = stamps[row_of_token]
         keys = torch.stack([batch.tokens, of_token, batch.positions], -1).float()
         kv.keys[0].view(-1, 3)[batch.kv_slots] = keys
         out = torch.empty(len(batch.logit_tokens), VOCAB)
         for i, t in enumerate(batch.logit_tokens.tolist()):
-            row, position = int(batch.row_of_token[t]), int(batch.positions[t])
+            row, position = int(row_of_token[t]), int(batch.positions[t])
             seen = kv.keys[0][batch.page_table[row].long()].view(-1, 3)[: position + 1].double()
             steps = torch.arange(position + 1, dtype=torch.float64)
             hashed = (seen[:, 0] * (2 * steps + 3) + seen[:, 1] * (5 * steps + 7) + seen[:, 2] * 11).sum()

@@ -31,7 +31,7 @@ def key_file(data_dir: Path) -> Path:
 def service_settings(settings: ServerSettings, progress: Callable[[str, float], None]) -> ServiceSettings:
     """Find (and on first use make) the base, and translate. Raises StartupError."""
     base = locate_base(settings.base, progress)
-    name = settings.served_name or base.name
+    name, aliases = served_names(settings.served_name or base.name)
     folder = data_folder(settings, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +42,7 @@ def service_settings(settings: ServerSettings, progress: Callable[[str, float], 
     return ServiceSettings(
         data_dir=folder,
         engine=engine_settings(settings, base.folder, name, folder),
+        aliases=aliases,
         adapters_dir=settings.adapters,
         startup_adapters=startup_adapters(settings),
         max_adapter_bytes=int(settings.max_upload),
@@ -63,6 +64,14 @@ def service_settings(settings: ServerSettings, progress: Callable[[str, float], 
             settings.adapter_requests_per_minute, settings.adapter_tokens_per_minute, settings.adapter_streams
         ),
     )
+
+
+def served_names(given: str) -> tuple[str, tuple[str, ...]]:
+    """The base's own name, and its others. Raises StartupError."""
+    names = tuple(name.strip() for name in given.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise StartupError(f"--served-name {given!r}: a name is empty or said twice", param="served_name")
+    return names[0], names[1:]
 
 
 def startup_adapters(settings: ServerSettings) -> dict[str, Path]:

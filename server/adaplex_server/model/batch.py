@@ -29,9 +29,9 @@ class StepBatch:
     device).
 
     tokens, positions: [T] int64. kv_slots: [T] int64, page * page_size + offset: where the token's key and value are
-    written. row_of_token: [T] int32. token_start: [R + 1] int32. context_lens: [R] int32, keys visible to the row's
+    written. token_start: [R + 1] int32. context_lens: [R] int32, keys visible to the row's
     last token, this step's included. page_table: [R, P] int32, unused entries 0 (page 0 is never given to a row and
-    holds zeros). adapter_slots: [T] int32, the token's adapter slot or NO_ADAPTER. logit_tokens: [L] int64, indices
+    holds zeros). logit_tokens: [L] int64, indices
     into T, ascending. virtual: those tokens that are no ids but a soft prompt's. row_tokens, row_contexts, row_slots,
     row_logits: token_start differences, context_lens, the rows' slots and how many of the logit_tokens are theirs, on
     the host.
@@ -40,11 +40,9 @@ class StepBatch:
     tokens: torch.Tensor
     positions: torch.Tensor
     kv_slots: torch.Tensor
-    row_of_token: torch.Tensor
     token_start: torch.Tensor
     context_lens: torch.Tensor
     page_table: torch.Tensor
-    adapter_slots: torch.Tensor
     logit_tokens: torch.Tensor
     row_tokens: tuple[int, ...]
     row_contexts: tuple[int, ...]

@@ -62,27 +62,21 @@ def build_batch(rows: Sequence[RowInput], page_size: int, device: torch.device) 
     slots = tuple(row.slot for row in rows)
     narrow = np.concatenate(
         (
-            np.repeat(np.arange(len(rows)), counts),
             token_start,
             contexts,
-            np.repeat(slots, counts),
             table.ravel(),
         )
     ).astype(np.int32)
     longs = upload(np.concatenate((wide.ravel(), *wanted)), torch.int64, device)
     ints = upload(narrow, torch.int32, device)
-    row_of_token, starts, context_lens, adapter_slots, pages = ints.split(
-        [total, len(rows) + 1, len(rows), total, table.size]
-    )
+    starts, context_lens, pages = ints.split([len(rows) + 1, len(rows), table.size])
     return StepBatch(
         tokens=longs[:total],
         positions=longs[total : 2 * total],
         kv_slots=longs[2 * total : 3 * total],
-        row_of_token=row_of_token,
         token_start=starts,
         context_lens=context_lens,
         page_table=pages.view(len(rows), widest),
-        adapter_slots=adapter_slots,
         logit_tokens=longs[3 * total :],
         row_tokens=counts,
         row_contexts=contexts,

@@ -8,7 +8,7 @@ import pytest
 
 from adaplex_adapters.errors import StartupError
 from adaplex_server.cli.demo import demo_adapters
-from adaplex_server.cli.parts import chat_template, data_folder, startup_adapters
+from adaplex_server.cli.parts import chat_template, data_folder, served_names, startup_adapters
 from adaplex_server.settings import ServerSettings
 
 
@@ -41,3 +41,11 @@ def test_a_chat_template_is_read_from_its_file(tmp_path: Path) -> None:
 def test_each_base_has_a_data_folder_of_its_own(tmp_path: Path) -> None:
     settings = ServerSettings(data_dir=tmp_path)
     assert data_folder(settings, "one") != data_folder(settings, "another")
+
+
+def test_the_base_may_have_several_names() -> None:
+    assert served_names("base") == ("base", ())
+    assert served_names("base, gpt-4o,chat") == ("base", ("gpt-4o", "chat"))
+    for wrong in ("", "a,,b", "a,a"):
+        with pytest.raises(StartupError, match="served-name"):
+            served_names(wrong)

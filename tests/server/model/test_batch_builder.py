@@ -18,12 +18,10 @@ def test_prefill_and_decode_side_by_side() -> None:
     assert batch.tokens.tolist() == [5, 6, 7, 8, 1, 2]
     assert batch.positions.tolist() == [3, 4, 5, 0, 4, 5]
     assert batch.kv_slots.tolist() == [9 * 4 + 3, 2 * 4, 2 * 4 + 1, 4 * 4, 5 * 4, 5 * 4 + 1]
-    assert batch.row_of_token.tolist() == [0, 0, 0, 1, 2, 2]
     assert batch.token_start.tolist() == [0, 3, 4, 6]
     assert batch.context_lens.tolist() == [6, 1, 6]
     assert batch.page_table.tolist() == [[9, 2, 0], [4, 0, 0], [7, 5, 6]]
-    assert batch.adapter_slots.tolist() == [1, 1, 1, NO_ADAPTER, 0, 0]
     assert batch.logit_tokens.tolist() == [1, 2, 3]
     assert (batch.row_tokens, batch.row_contexts, batch.row_slots) == ((3, 1, 2), (6, 1, 6), (1, NO_ADAPTER, 0))
     assert batch.tokens.dtype == batch.positions.dtype == batch.kv_slots.dtype == torch.int64
-    assert batch.page_table.dtype == batch.token_start.dtype == batch.adapter_slots.dtype == torch.int32
+    assert batch.page_table.dtype == batch.token_start.dtype == torch.int32

@@ -47,8 +47,6 @@ def test_steps_that_follow_one_another_leave_nothing_behind() -> None:
             "positions",
             "kv_slots",
             "context_lens",
-            "adapter_slots",
-            "row_of_token",
             "logit_tokens",
         ):
             found, expected = getattr(batch, name), getattr(wanted, name)
