@@ -5,6 +5,11 @@ from __future__ import annotations
 from adaplex_adapters.errors import AdaplexError, InvalidRequest, PromptTooLong
 from adaplex_server.engine.messages import Submit
 
+_SURE = 0.75
+"""Share of the longest wait up to which rows are queued. Under overload the queue is always as long as it may be, and a
+wait is hardly foreseen better than this: without it many would wait in vain.
+"""
+
 
 def refusal(message: Submit, max_context: int, vocab_size: int) -> AdaplexError | None:
     """Why the row cannot be served in this context and vocabulary, if it cannot."""
@@ -27,9 +32,9 @@ def too_late(wait: float, longest: float | None, left: float | None) -> str | No
     """Why a row should not wait, if it should not: it would begin too late to be of use, and take a place from others
     that would not.
 
-    wait: its expected seconds in the queue. longest: what any row may be expected to wait. left: until its deadline.
+    wait: its expected seconds in the queue. longest: what any row may wait. left: until its deadline.
     """
-    if longest is not None and wait > longest:
+    if longest is not None and wait > _SURE * longest:
         return f"this request would wait for about {wait:.1f} s, and {longest:g} s is the limit; retry later"
     if left is not None and 0 < left <= wait:
         return f"this request would wait for about {wait:.1f} s, and its time ends before; retry later"

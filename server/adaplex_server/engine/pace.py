@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 _OF_ROWS = 1 / 32
+_OF_WAITS = 1 / 64
+_LEAST_BIAS, _MOST_BIAS = 0.5, 4.0
 _OF_STEPS = 1 / 32
 _LONGEST = 60.0
 _SHORTEST = 0.1
 
 
 class Pace:
-    """Owns the mean number of steps that a row takes and the mean time of a step, both of the last ones.
+    """Owns the mean number of steps that a row takes and the mean time of a step, both of the last ones; and by how
+    much longer the last rows have waited than was expected: those that come later to a shorter line go first.
 
     The time of a step follows a change of load within some dozens of steps, over which steps with and without prompts
     are averaged; that of whole rows would follow it only when they have ended, which is too late for those who come
@@ -21,6 +24,9 @@ class Pace:
         self._rows = 0.0
         self._step_seconds: float | None = None
         self._planned: float | None = None
+        # A second each to begin with, so that the first rows that waited a little longer change little.
+        self._waited = self._foreseen = 1.0
+        self._promised: dict[int, float] = {}
 
     def plan(self, now: float, busy: bool) -> None:
         """A step is planned; busy: it has work."""
@@ -35,12 +41,31 @@ class Pace:
         self._steps += steps - _OF_ROWS * self._steps
         self._rows += 1 - _OF_ROWS * self._rows
 
+    def promise(self, row: int, expected: float) -> None:
+        """A row is queued that is expected to wait for so long; then `waited` or `forget`."""
+        self._promised[row] = expected / self._bias
+
+    def waited(self, row: int, seconds: float) -> None:
+        """A row has waited for so long; what was promised to it is compared, if anything was."""
+        promised = self._promised.pop(row, None)
+        if promised is not None:
+            self._waited += seconds - _OF_WAITS * self._waited
+            self._foreseen += promised - _OF_WAITS * self._foreseen
+
+    def forget(self, row: int) -> None:
+        """The row has ended without its turn."""
+        self._promised.pop(row, None)
+
+    @property
+    def _bias(self) -> float:
+        return min(_MOST_BIAS, max(_LEAST_BIAS, self._waited / self._foreseen))
+
     def wait(self, ahead: int, running: int) -> float:
         """Expected seconds until a row begins that has so many before it in the queue, while `running` rows run
         (Little's law); 0 as long as nothing is known.
         """
         steps = self._steps / self._rows if self._rows else 0.0
-        return (ahead + 1) * steps * (self._step_seconds or 0.0) / max(running, 1)
+        return self._bias * (ahead + 1) * steps * (self._step_seconds or 0.0) / max(running, 1)
 
     def retry_after(self, wait: float) -> float:
         """What a client is told that would wait so long: to come back when about half of those before it have begun."""

@@ -259,8 +259,11 @@ class Scheduler:
         wait = self._pace.wait(self._waiting.ahead(row) - free, self.running)
         left = None if row.deadline is None else row.deadline - now
         what = too_late(wait, self.limits.max_wait, left)
-        if what is not None or waiting < self.limits.max_waiting + free:
-            return None if what is None else Overloaded(what, retry_after=self._pace.retry_after(wait))
+        if what is not None:
+            return Overloaded(what, retry_after=self._pace.retry_after(wait))
+        self._pace.promise(row.id, wait)
+        if waiting < self.limits.max_waiting + free:
+            return None
         full = f"{waiting} requests wait already, and that is the limit; retry later"
         other = self._waiting.giving_way(row)
         if other is None:
@@ -286,6 +289,7 @@ class Scheduler:
     def _expire_waits(self, now: float, longest: float) -> None:
         """End rows that were expected to begin earlier: now it would be at the cost of those that can be in time."""
         for row in [row for row in self._waiting if now - row.queued > longest]:
+            self._pace.waited(row.id, now - row.queued)
             what = f"this request has waited for {longest:g} s, and that is the limit; retry later"
             self.fail(row, Overloaded(what, retry_after=self._pace.retry_after(longest)))
 
@@ -320,6 +324,7 @@ class Scheduler:
         """The row has begun for the first time: it is out of the queue, and has its adapter until its end."""
         self._waiting.served(row, row.remaining)
         row.began = now
+        self._pace.waited(row.id, now - row.queued)
         row.cached_tokens = max(0, row.computed - row.virtual)
         row.slot = None if row.revision is None else self._slots.pin(row.revision)
         self.hit_tokens += row.computed
@@ -351,6 +356,7 @@ class Scheduler:
         if row.state != "new":
             self._waiting.leave(row)
         row.state = "ended"
+        self._pace.forget(row.id)
         if row.slot is not None:
             self._leaving.unpin(row)
         if error is not None:

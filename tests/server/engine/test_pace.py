@@ -37,6 +37,22 @@ def test_a_wait_follows_the_time_of_steps_within_some_of_them() -> None:
     assert pace.wait(7, 8) > 10
 
 
+def test_a_wait_that_is_always_longer_is_expected_to_be() -> None:
+    """Rows of a long line are overtaken by those that come to shorter ones."""
+    pace = Pace()
+    fill(pace, 40, 0.1)
+    pace.waited(-1, 50.0)
+    assert pace.wait(7, 8) == pytest.approx(4.0), "nothing was promised"
+    for row in range(400):
+        pace.promise(row, pace.wait(7, 8))
+        pace.waited(row, 6.0)
+    assert pace.wait(7, 8) == pytest.approx(6.0, rel=0.05)
+    pace.promise(1, 4.0)
+    pace.forget(1)
+    pace.waited(1, 100.0)
+    assert pace.wait(7, 8) == pytest.approx(6.0, rel=0.05)
+
+
 def test_idle_time_is_no_step() -> None:
     pace = Pace()
     fill(pace, 40, 0.1)
@@ -55,3 +71,4 @@ def test_who_would_wait_too_long_is_refused() -> None:
     assert "9.0 s" in (too_late(wait=9, longest=8, left=None) or "")
     assert "its time ends" in (too_late(wait=9, longest=None, left=8) or "")
     assert too_late(wait=0, longest=8, left=1) is None
+    assert too_late(wait=7, longest=8, left=None) and not too_late(wait=5, longest=8, left=None)
