@@ -14,7 +14,7 @@ DESCRIPTION = (
     "that would not begin in time is refused with 429 at once; one whose time has run out ends with 504, or with an "
     "error in its stream."
 )
-_SECONDS = re.compile(r"\d{1,6}(\.\d{1,6})?")
+_SECONDS = re.compile(r"\d{1,6}(\.\d{1,6})?", re.ASCII)
 
 
 def time_limit(request: Request) -> float | None:

@@ -13,7 +13,7 @@ from adaplex_adapters.names import check_name
 
 MAX_PARTS = 8
 """A client may name as many adapters as it likes; reading that many is work."""
-_WEIGHT = re.compile(r"-?(\d{1,9}(\.\d{0,20})?|\.\d{1,20})")
+_WEIGHT = re.compile(r"-?(\d{1,9}(\.\d{0,20})?|\.\d{1,20})", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def test_names_and_weights(model: str, parts: list[tuple[str, float]]) -> None:
     assert parse_composed(model) == tuple(NamedPart(name, weight) for name, weight in parts)
 
 
-WRONG = ["+", "a+", "+b", "a++b", "a*", "*2", "a*b", "a*1e9", "a*nan", "a*inf", "a*2*3", "../x+a", "a*--1"]
+WRONG = ["+", "a+", "+b", "a++b", "a*", "*2", "a*b", "a*1e9", "a*nan", "a*inf", "a*2*3", "../x+a", "a*--1", "a*٣"]
 
 
 @pytest.mark.parametrize("model", [*WRONG, "a*" + "9" * 400, "+".join("a" * (MAX_PARTS + 1))])

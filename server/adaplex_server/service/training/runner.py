@@ -162,34 +162,34 @@ class JobRunner:
         await asyncio.sleep(self._settings.retry_seconds)
 
     async def _finish(self, job: Job, folder: Path, result: told.Result) -> None:
-        """Register the result if it is wanted, keep its files, and only then say that the job has succeeded."""
-        words, revision = [], None
-        async with self._ledger.sealed(job.id, only={"running"}):
-            if result.better_than_base or job.register_worse:
-                revision = await self._registered(job, folder)
-                words.append(word(f"The adapter is served as '{job.adapter}'."))
-            else:
-                what = "On the held-out rows the adapter is no better than the base, so it is not served"
-                words.append(word(f"{what}; register_worse: true would serve it.", "warn"))
-            kept = await asyncio.to_thread(self._keep_files, job, folder)
-            words.append(word("The job has successfully completed."))
-            await self._ledger.edit(
-                job.id, *words, only={"running"}, status="succeeded", finished=time.time(), revision=revision,
-                result_files=kept, trained_tokens=result.tokens, estimated_finish=None,
-            )  # fmt: skip
-
-    async def _registered(self, job: Job, folder: Path) -> str:
-        """The revision under which it is served. An engine that is being started again is waited for: what it took
-        hours to train is not lost for that. Raises Conflict when the server closes meanwhile; it goes on then at the
-        next start.
+        """Register the result and record it. An engine that is being started again is waited for, as what took hours to
+        train is not to be lost for that; meanwhile the job can be paused or cancelled. Raises Conflict then, and when
+        the server closes: the job goes on at the next start.
         """
         while True:
             try:
-                return await self._register(job.adapter, folder / RESULT)
+                async with self._ledger.sealed(job.id, only={"running"}):
+                    return await self._record(job, folder, result)
             except Unavailable as error:
                 if self._closing:
                     raise Conflict("the server is shutting down") from error
                 await asyncio.sleep(min(error.retry_after or 1.0, self._settings.retry_seconds))
+
+    async def _record(self, job: Job, folder: Path, result: told.Result) -> None:
+        """Register the result if it is wanted, keep its files, and only then say that the job has succeeded."""
+        words, revision = [], None
+        if result.better_than_base or job.register_worse:
+            revision = await self._register(job.adapter, folder / RESULT)
+            words.append(word(f"The adapter is served as '{job.adapter}'."))
+        else:
+            what = "On the held-out rows the adapter is no better than the base, so it is not served"
+            words.append(word(f"{what}; register_worse: true would serve it.", "warn"))
+        kept = await asyncio.to_thread(self._keep_files, job, folder)
+        words.append(word("The job has successfully completed."))
+        await self._ledger.edit(
+            job.id, *words, only={"running"}, status="succeeded", finished=time.time(), revision=revision,
+            result_files=kept, trained_tokens=result.tokens, estimated_finish=None,
+        )  # fmt: skip
 
     def _keep_files(self, job: Job, folder: Path) -> tuple[str, ...]:
         """Report, card and plots as files of their own; the adapter itself is in the store, if it is served."""

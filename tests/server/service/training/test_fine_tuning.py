@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -220,6 +221,19 @@ async def test_an_engine_that_comes_back_registers_what_was_trained(world: World
     world.refusal, world.refusals = Unavailable("the engine is being started", retry_after=0.01), 2
     done = await world.ended(await world.create())
     assert (done.status, done.attempts, world.asked) == ("succeeded", 1, 3)
+
+
+async def test_a_job_that_waits_for_the_engine_can_be_cancelled(world: World) -> None:
+    world.refusal = Unavailable("the engine is being started", retry_after=0.01)
+    job = await world.create()
+    async with asyncio.timeout(10):
+        while not world.asked:
+            await asyncio.sleep(0.01)
+        while world.tuning.rows.job(job.id).status != "cancelled":
+            with contextlib.suppress(Conflict):
+                await world.tuning.cancel(job.id)
+            await asyncio.sleep(0)
+    assert (await world.ended(await world.create(worse=True))).status == "succeeded"
 
 
 @pytest.mark.parametrize("change", ["cancel", "pause"])
