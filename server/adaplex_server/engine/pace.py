@@ -22,7 +22,8 @@ class Pace:
     def __init__(self) -> None:
         self._steps = 0.0
         self._rows = 0.0
-        self._step_seconds: float | None = None
+        self._seconds = 0.0
+        self._planned_steps = 0.0
         self._planned: float | None = None
         # A second each to begin with, so that the first rows that waited a little longer change little.
         self._waited = self._foreseen = 1.0
@@ -31,9 +32,8 @@ class Pace:
     def plan(self, now: float, busy: bool) -> None:
         """A step is planned; busy: it has work."""
         if self._planned is not None:
-            seconds = now - self._planned
-            before = seconds if self._step_seconds is None else self._step_seconds
-            self._step_seconds = before + _OF_STEPS * (seconds - before)
+            self._seconds += now - self._planned - _OF_STEPS * self._seconds
+            self._planned_steps += 1 - _OF_STEPS * self._planned_steps
         self._planned = now if busy else None
 
     def end(self, steps: int) -> None:
@@ -42,8 +42,11 @@ class Pace:
         self._rows += 1 - _OF_ROWS * self._rows
 
     def promise(self, row: int, expected: float) -> None:
-        """A row is queued that is expected to wait for so long; then `waited` or `forget`."""
-        self._promised[row] = expected / self._bias
+        """A row is queued that is expected to wait for so long; then `waited` or `forget`. What was said while nothing
+        was known was no promise.
+        """
+        if expected > 0:
+            self._promised[row] = expected / self._bias
 
     def waited(self, row: int, seconds: float) -> None:
         """A row has waited for so long; what was promised to it is compared, if anything was."""
@@ -64,8 +67,10 @@ class Pace:
         """Expected seconds until a row begins that has so many before it in the queue, while `running` rows run
         (Little's law); 0 as long as nothing is known.
         """
-        steps = self._steps / self._rows if self._rows else 0.0
-        return self._bias * (ahead + 1) * steps * (self._step_seconds or 0.0) / max(running, 1)
+        if not self._rows or not self._planned_steps:
+            return 0.0
+        row_seconds = self._steps / self._rows * self._seconds / self._planned_steps
+        return self._bias * (ahead + 1) * row_seconds / max(running, 1)
 
     def retry_after(self, wait: float) -> float:
         """What a client is told that would wait so long: to come back when about half of those before it have begun."""

@@ -256,7 +256,8 @@ class Scheduler:
         waiting, free = len(self._waiting), self._free_places()
         if waiting < free:
             return None
-        wait = self._pace.wait(self._waiting.ahead(row) - free, self.running)
+        # The free places are as good as taken, by those that wait already.
+        wait = self._pace.wait(self._waiting.ahead(row) - free, self.running + free)
         left = None if row.deadline is None else row.deadline - now
         what = too_late(wait, self.limits.max_wait, left)
         if what is not None:
@@ -268,7 +269,7 @@ class Scheduler:
         other = self._waiting.giving_way(row)
         if other is None:
             return Overloaded(full, retry_after=self._pace.retry_after(wait))
-        longer = self._pace.wait(self._waiting.ahead(other) - free, self.running)
+        longer = self._pace.wait(self._waiting.ahead(other) - free, self.running + free)
         self.fail(other, Overloaded(full, retry_after=self._pace.retry_after(longer)))
         return None
 

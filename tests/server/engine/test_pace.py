@@ -40,6 +40,7 @@ def test_a_wait_follows_the_time_of_steps_within_some_of_them() -> None:
 def test_a_wait_that_is_always_longer_is_expected_to_be() -> None:
     """Rows of a long line are overtaken by those that come to shorter ones."""
     pace = Pace()
+    pace.promise(-1, pace.wait(7, 8))
     fill(pace, 40, 0.1)
     pace.waited(-1, 50.0)
     assert pace.wait(7, 8) == pytest.approx(4.0), "nothing was promised"
