@@ -20,13 +20,16 @@ import os
 import resource
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adaplex_adapters.errors import AdaplexError, InternalError, InvalidRequest, StartupError
 from adaplex_adapters.training.carry_out import TrainRequest, carry_out_in
 from adaplex_adapters.training.job_terms import FAILED, JOB, PAUSED, REFUSED, RESULT, SUCCEEDED, VERSION
+from adaplex_adapters.training.metrics import METRICS
 from adaplex_adapters.training.option_names import options_from
+from adaplex_adapters.training.options import TrainOptions
 from adaplex_adapters.training.progress import LineProgress
 from adaplex_adapters.training.run_folder import RunFolder, has_succeeded, hold
 from adaplex_adapters.training.stopping import stop_on_signals
@@ -69,13 +72,21 @@ def request_of(folder: Path, job: dict[str, Any]) -> TrainRequest:
             base_name=base["name"],
             out=folder / (job.get("out") or RESULT),
             work=folder,
-            options=options_from(job.get("options") or {}),
+            options=_options(job.get("options") or {}),
             validation=folder / job["validation"] if job.get("validation") else None,
             device=job.get("device") or "auto",
             memory_limit=job.get("memory_limit"),
         )
     except (KeyError, TypeError) as error:
         raise InvalidRequest(f"{JOB} lacks or misuses {error}", param="job") from error
+
+
+def _options(given: Mapping[str, Any]) -> TrainOptions:
+    """A job may come from another machine, so that its metrics are names of ours and never code to import."""
+    options = options_from(given)
+    if unknown := [name for name in options.metrics if name not in METRICS]:
+        raise InvalidRequest(f"there is no metric {unknown[0][:60]!a}; use {', '.join(METRICS)}", param="metrics")
+    return options
 
 
 def _run(held: RunFolder, folder: Path, job: dict[str, Any]) -> int:

@@ -185,5 +185,9 @@ def test_a_folder_is_held_by_one_and_a_failed_job_says_why(base_folder: Path, tm
     last = list(read_events(job))[-1]
     assert (last["type"], last["error"], last["param"]) == ("failed", "InvalidRequest", "data")
     assert "line 1" in last["message"]
+    code = json.loads((job / "job.json").read_text())
+    code["options"]["metrics"] = ["os:getcwd"]
+    (job / "job.json").write_text(json.dumps(code))
+    assert run_job(job) == FAILED and "os:getcwd" in list(read_events(job))[-1]["message"]
     (job / "job.json").write_text("{}")
     assert run_job(job) == REFUSED
