@@ -24,7 +24,7 @@ check: $(VENV)/.dev ## Formatting, lint and types
 unit: $(VENV)/.dev ## All CPU tests
 	@command -v prometheus >/dev/null && command -v promtool >/dev/null \
 	  || echo "Without Prometheus (Debian: apt-get install prometheus) the tests of the dashboards are skipped"
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(VENV)/.dev ## Format the sources
 	$(BIN)/ruff format .
