@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import torch
@@ -27,6 +28,7 @@ from adaplex_server.engine.step_batch import build_step
 from adaplex_server.model.adapter_image import AdapterImage, pages_of_rank
 from adaplex_server.model.batch import StepBatch
 from adaplex_server.model.kv_cache import KvCache
+from support.stamp_graphs import StampGraphs
 
 VOCAB = 97
 EOS = 3
@@ -218,9 +220,10 @@ def make_world(
     max_scores: int = 8,
     useless: frozenset[str] = frozenset(),
     copy_steps: int = 0,
+    graph_rows: int = 0,
     **settings: int | bool,
 ) -> World:
-    """ranks: of the adapters in the store. The pools are tiny on purpose."""
+    """ranks: of the adapters in the store. The pools are tiny on purpose. graph_rows: of `StampGraphs`, 0 for none."""
     chosen = EngineSettings(
         base="", store="", base_name="", page_size=page_size, max_slots=slots, **{"max_step_tokens": 16, **settings}
     )
@@ -233,10 +236,12 @@ def make_world(
     reads = AskedReads()
     now = [0.0]
     build: Callable = lambda work: build_step(work, page_size, torch.device("cpu"))  # noqa: E731
+    tokens = torch.zeros(max(chosen.max_rows, graph_rows), dtype=torch.int64)
+    graphs: Any = StampGraphs(model, kv, graph_rows, tokens) if graph_rows else None
     parts = connect(
         chosen,
         plan,
-        executor=Executor(model, kv, Sampler(frozenset({EOS})), build, torch.zeros(chosen.max_rows, dtype=torch.int64)),
+        executor=Executor(model, kv, Sampler(frozenset({EOS})), build, tokens, graphs),
         device=lambda pages: device,
         reads=reads,
         send=sent.append,

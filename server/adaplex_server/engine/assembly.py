@@ -28,6 +28,7 @@ from adaplex_server.engine.probe import PROBE_TOKENS, VIRTUAL_PROBE_TOKENS, Adap
 from adaplex_server.engine.sampler import Sampler
 from adaplex_server.engine.settings import EngineSettings, with_step_tokens
 from adaplex_server.engine.step_batch import build_step
+from adaplex_server.kernels.lora_tiles import FEW_TOKENS
 from adaplex_server.model.adapter_image import ImageLayout
 from adaplex_server.model.adapter_pool import AdapterPool, allocate_pool, bytes_per_page
 from adaplex_server.model.base import Base
@@ -114,7 +115,9 @@ def _build_parts(
         )
     eos = frozenset(config.eos_token_ids)
     decoder = Decoder(base, adapters, plan.max_context)
-    tokens = torch.zeros(settings.max_rows, dtype=torch.int64, device=device)
+    # A captured step has a row for each token, also of prompts.
+    most = max(settings.max_rows, FEW_TOKENS)
+    tokens = torch.zeros(most, dtype=torch.int64, device=device)
     graphs: DecodeGraphs | None = None
     if device.type == "cuda":
         assert settings.max_step_tokens is not None
@@ -122,7 +125,7 @@ def _build_parts(
         warm_up(decoder, settings.page_size, min(settings.max_step_tokens, plan.max_context))
     if device.type == "cuda" and settings.decode_graphs:
         send(Progress("capturing decode steps", 1.0))
-        graphs = DecodeGraphs(decoder, kv, settings.max_rows, plan.max_context, tokens)
+        graphs = DecodeGraphs(decoder, kv, most, plan.max_context, tokens)
         graphs.capture_common(_CAPTURE_SECONDS)
     executor = Executor(
         decoder,

@@ -19,9 +19,9 @@ from adaplex_server.engine.chosen import Chosen
 from adaplex_server.engine.page_pool import PagePool
 from adaplex_server.engine.row import Outcome, Row, Work
 from adaplex_server.engine.sampler import Sampler
-from adaplex_server.engine.step_batch import decode_rows, feed
+from adaplex_server.engine.step_batch import decode_rows, feed, wanted_rows
 from adaplex_server.model.batch import StepBatch
-from adaplex_server.model.decode_graphs import Decoded, DecodeGraphs
+from adaplex_server.model.decode_graphs import DecodeGraphs
 from adaplex_server.model.kv_cache import KvCache
 from adaplex_server.model.upload import upload
 
@@ -37,11 +37,14 @@ BuildBatch = Callable[[Sequence[Work]], StepBatch]
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A step whose logits are being computed. best: of each work the likeliest token, or -1, where a graph tells it."""
+    """A step whose logits are being computed. best: of each row of logits the likeliest token, or -1, where a graph
+    tells it. kept: the graph has left these tokens where the next step is fed from, each in its work's place.
+    """
 
     work: Sequence[Work]
     logits: torch.Tensor
-    best: torch.Tensor | None
+    best: torch.Tensor | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Executor:
     """The one caller of the model. `forward` and `choose` raise torch.OutOfMemoryError when the device has no room.
 
     tokens: [rows] int64 on the device, what each place of the last step has chosen: always a token id, also for a row
-    whose numbers are not finite. graphs: serves the steps in which every row computes one token, where it can; it
-    reads and writes the same `tokens`.
+    whose numbers are not finite. graphs: serves the steps of few tokens, where it can; it reads and writes the
+    same `tokens`.
     """
 
     def __init__(
@@ -81,18 +84,18 @@ class Executor:
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Forwarded:
         """Compute the work. Tokens that only the device knows are those of the step that was chosen last."""
-        decoded = self._replay(work)
-        if decoded is not None:
-            return Forwarded(work, decoded.logits, decoded.best)
+        replayed = self._replay(work)
+        if replayed is not None:
+            return replayed
         batch = self._build(work)
         feed(batch, work, self._places, self._tokens)
-        return Forwarded(work, self._model.forward(batch, self._kv), None)
+        return Forwarded(work, self._model.forward(batch, self._kv))
 
     @torch.inference_mode()
     def choose(self, step: Forwarded) -> Launched:
         """Choose the step's tokens; all that was chosen before must have been committed to the rows."""
         work = step.work
-        if step.best is not None and self._sampler.wants_best(work):
+        if step.best is not None and step.kept and self._sampler.wants_best(work):
             chosen = Chosen(len(work), tuple(range(len(work))), step.best, step.best)
         else:
             chosen = self._sampler(step.logits, work, step.best)
@@ -119,9 +122,18 @@ class Executor:
             index = upload(chosen.places, torch.int64, self._tokens.device)
             self._tokens.index_copy_(0, index, chosen.ids)
 
-    def _replay(self, work: Sequence[Work]) -> Decoded | None:
-        rows = None if self.graphs is None else decode_rows(work, self._places)
-        return None if self.graphs is None or rows is None else self.graphs.run(rows)
+    def _replay(self, work: Sequence[Work]) -> Forwarded | None:
+        if self.graphs is None:
+            return None
+        rows = decode_rows(work, self._places, self.graphs.max_rows)
+        decoded = None if rows is None else self.graphs.run(rows)
+        if decoded is None:
+            return None
+        wanted = wanted_rows(work)
+        if len(wanted) == len(decoded.best):
+            return Forwarded(work, decoded.logits, decoded.best, kept=True)
+        index = upload(wanted, torch.int64, self._tokens.device)
+        return Forwarded(work, decoded.logits.index_select(0, index), decoded.best.index_select(0, index))
 
     @torch.inference_mode()
     def logits(self, work: Sequence[Work]) -> torch.Tensor:

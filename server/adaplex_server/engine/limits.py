@@ -11,7 +11,8 @@ class Limits:
 
     eos: the model's own end tokens. max_context: tokens of a row, prompt and answer. vocab_size: token ids end below.
     max_wait: seconds in the queue: a row that is expected to wait for longer is refused at once, and one that has
-    waited for longer, then; None for no such limit. prompt_turns: rows begin together after pauses (see `PromptTurns`).
+    waited for longer, then; None for no such limit. few_tokens: a step of no more tokens costs little, and any larger
+    one has a high cost of its own (see `prompt_share`); 0 where all are alike.
     """
 
     max_rows: int
@@ -23,4 +24,4 @@ class Limits:
     vocab_size: int
     eos: frozenset[int] = frozenset()
     max_wait: float | None = None
-    prompt_turns: bool = False
+    few_tokens: int = 0

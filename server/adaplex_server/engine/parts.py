@@ -19,6 +19,7 @@ from adaplex_server.engine.prefix_cache import PrefixCache
 from adaplex_server.engine.residency import AdapterDevice, Residency
 from adaplex_server.engine.scheduler import Scheduler
 from adaplex_server.engine.settings import EngineSettings
+from adaplex_server.kernels.lora_tiles import FEW_TOKENS
 
 Send = Callable[[msgspec.Struct], None]
 
@@ -80,7 +81,7 @@ def connect(
         page_size=settings.page_size,
         vocab_size=vocab_size,
         eos=eos,
-        prompt_turns=executor.graphs is not None,
+        few_tokens=0 if executor.graphs is None else min(executor.graphs.max_rows, FEW_TOKENS),
     )
     scheduler = Scheduler(limits, cache, slots, placement)
     residency = Residency(scheduler, placement, slots, hosts, cache, device(probe_pages), send)

@@ -17,6 +17,9 @@ knows who gives up pages for whom).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Container, Iterator
+
 from adaplex_adapters.errors import AdaplexError, DeadlineExceeded, InvalidRequest, Overloaded, RowFailed, Unavailable
 from adaplex_server.engine.adapter_slots import AdapterSlots, Reservation
 from adaplex_server.engine.admission import refusal, too_late
@@ -29,7 +32,7 @@ from adaplex_server.engine.messages import RowEnd, RowToken, Submit
 from adaplex_server.engine.pace import Pace
 from adaplex_server.engine.placement import Placement
 from adaplex_server.engine.prefix_cache import PrefixCache
-from adaplex_server.engine.prompt_turns import PromptTurns
+from adaplex_server.engine.prompt_share import prompt_share
 from adaplex_server.engine.row import Outcome, Row, Work, work_on
 from adaplex_server.engine.row_pages import RowPages
 from adaplex_server.engine.waiting import WaitingRows
@@ -58,7 +61,6 @@ class Scheduler:
         self._arrivals = 0
         self._events = Events()
         self._pace = Pace()
-        self._turns = PromptTurns() if limits.prompt_turns else None
 
     # ---- what comes from outside -------------------------------------------------------------------------------------
 
@@ -168,8 +170,9 @@ class Scheduler:
         decoding = [row for row in self._begun.running if row.remaining == 1][:budget]
         work = {row: work_on(row, 1) for row in decoding if self._begun.grow(row)}
         budget -= len(work)
-        their_turn = self._turns is None or self._turns.may_begin(now)
-        if self.preemptions == preemptions and (their_turn or not work):
+        if self.limits.few_tokens:
+            budget = prompt_share(self.limits.few_tokens, len(work), budget, self._prompt_tokens(work))
+        if self.preemptions == preemptions:
             self._admit(budget, now)
         for row in self._begun.running if budget > 0 else ():
             if row in work or self._pages.full(row):
@@ -185,8 +188,6 @@ class Scheduler:
             one.row.ahead += one.samples
             one.row.unsettled += 1
         self._pace.plan(now, busy=bool(planned))
-        if self._turns is not None:
-            self._turns.plan(now, sum(one.count for one in planned if one.count > 1), busy=bool(planned))
         return planned
 
     def commit(self, work: Work, outcome: Outcome, now: float) -> None:
@@ -248,6 +249,11 @@ class Scheduler:
     def _places(self) -> int:
         """Rows that may begin now: one that only waits for its last token has no place in the next step."""
         return self.limits.max_rows - sum(row.remaining > 0 for row in self._begun.running)
+
+    def _prompt_tokens(self, decoding: Container[Row]) -> Iterator[int]:
+        """Of each row that computes its prompt, or might begin: the tokens that it still has to compute."""
+        yield from (row.remaining for row in self._begun.running if row not in decoding)
+        yield from (row.remaining for row in itertools.islice(self._waiting, max(0, self._places)))
 
     def _overload(self, row: Row, now: float) -> Overloaded | None:
         """Why a row is better refused at once than queued, if it is. Where the queue is full, another one may be that

@@ -19,19 +19,27 @@ def build_step(work: Sequence[Work], page_size: int, device: torch.device) -> St
     return build_batch([_row_input(w, page_size) for w in work], page_size, device)
 
 
-def decode_rows(work: Sequence[Work], places: Mapping[Row, int]) -> DecodeRows | None:
-    """The rows of this work; None if it is more than one token and its logits of each. places: of rows in the step
-    before, whose tokens feed this one.
+def decode_rows(work: Sequence[Work], places: Mapping[Row, int], most: int) -> DecodeRows | None:
+    """This work with a row for each token: tokens of a prompt are rows of the same pages, each of which sees those
+    before it, since all keys and values of a layer are written before any is read. None if it has more than `most`
+    tokens, or wants what such a step does not give. places: of rows in the step before, whose tokens feed this one.
     """
-    if any(w.count != 1 or w.logits != 1 for w in work):
+    if sum(w.count for w in work) > most or any(w.logits > 1 or w.scores or w.start < w.row.virtual for w in work):
         return None
-    return DecodeRows(
-        tokens=[0 if w.fed else w.row.tokens[w.start] for w in work],
-        positions=[w.start for w in work],
-        pages=[w.row.pages for w in work],
-        slots=[NO_ADAPTER if w.row.slot is None else w.row.slot for w in work],
-        sources=[places[w.row] if w.fed else GIVEN for w in work],
-    )
+    rows = DecodeRows([], [], [], [], sources := [])
+    for w in work:
+        rows.tokens.extend([0] if w.fed else w.row.tokens[w.start : w.start + w.count])
+        rows.positions.extend(range(w.start, w.start + w.count))
+        rows.pages.extend([w.row.pages] * w.count)
+        rows.slots.extend([NO_ADAPTER if w.row.slot is None else w.row.slot] * w.count)
+        sources.extend([places[w.row] if w.fed else GIVEN] * w.count)
+    return rows
+
+
+def wanted_rows(work: Sequence[Work]) -> list[int]:
+    """Of `decode_rows`, those whose logits are wanted: the last of each work that wants any."""
+    ends = np.cumsum([w.count for w in work]).tolist()
+    return [end - 1 for end, w in zip(ends, work, strict=True) if w.logits]
 
 
 def feed(batch: StepBatch, work: Sequence[Work], places: Mapping[Row, int], tokens: torch.Tensor) -> None:

@@ -80,6 +80,11 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._captured)
 
+    @property
+    def max_rows(self) -> int:
+        """Of a step."""
+        return self._rows[-1]
+
     @torch.inference_mode()
     def run(self, rows: DecodeRows) -> Decoded | None:
         """One step; None if these rows fit no shape, the device has no memory to capture theirs, or one has an

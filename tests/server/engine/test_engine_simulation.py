@@ -9,6 +9,7 @@ import pytest
 
 from adaplex_server.engine.messages import Cancel, DropAdapter, LoadAdapter, Submit
 from adaplex_server.vocabulary import SamplingParams
+from support.stamp_graphs import StampGraphs
 from support.stamping import POISON, VOCAB, World, make_world
 
 RANKS = {"r1": 1, "r2": 8, "r3": 9, "r4": 17, "r5": 30, "r6": 4, f"r{POISON}": 8}
@@ -70,11 +71,16 @@ def check_alone(world: World, submit: Submit) -> None:
         )
 
 
-def life(seed: int, events: int, overlap: bool) -> World:
-    """overlap: each step is launched before the tokens of the one before are known; the texts are the same."""
+def life(seed: int, events: int, overlap: bool, captured: bool = False) -> World:
+    """overlap: each step is launched before the tokens of the one before are known; captured: steps of few tokens are
+    served as a GPU's; the texts are the same.
+    """
     rng = random.Random(seed)
+    # A captured step looks at all tokens of a prompt, and would find poison where the row alone does not.
+    ranks = {name: rank for name, rank in RANKS.items() if not captured or name != f"r{POISON}"}
     world = make_world(
-        RANKS,
+        ranks,
+        graph_rows=(0, 24)[captured],
         copy_steps=(0, 1, 0, 5)[seed % 4],
         kv_pages=rng.choice([18, 24, 60]),
         slots=rng.choice([1, 2, 4]),
@@ -91,7 +97,7 @@ def life(seed: int, events: int, overlap: bool) -> World:
     for event in range(events):
         kind = rng.random()
         if kind < 0.35:
-            revision = rng.choice([None, *RANKS, "r77"]) if rng.random() < 0.7 else "r2"
+            revision = rng.choice([None, *ranks, "r77"]) if rng.random() < 0.7 else "r2"
             deadline = world.now[0] + rng.choice([1, 20, 80]) if rng.random() < 0.1 else None
             sampling = random_sampling(rng)
             submits[event] = Submit(
@@ -102,10 +108,10 @@ def life(seed: int, events: int, overlap: bool) -> World:
             world.inbox.put(Cancel(rng.choice(list(submits))))
         elif kind < 0.46:
             calls += 1
-            world.inbox.put(LoadAdapter(calls, rng.choice(list(RANKS))))
+            world.inbox.put(LoadAdapter(calls, rng.choice(list(ranks))))
         elif kind < 0.49:
             calls += 1
-            world.inbox.put(DropAdapter(calls, rng.choice(list(RANKS))))
+            world.inbox.put(DropAdapter(calls, rng.choice(list(ranks))))
         elif kind < 0.5:
             world.model.fail_next = rng.choice([1, 1, 4])
         elif kind < 0.6:
@@ -127,6 +133,14 @@ def life(seed: int, events: int, overlap: bool) -> World:
 @pytest.mark.parametrize("seed", range(12))
 def test_random_lives(seed: int, overlap: bool) -> None:
     life(seed, events=260, overlap=overlap)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_lives_in_captured_steps(seed: int, overlap: bool) -> None:
+    world = life(seed, events=260, overlap=overlap, captured=True)
+    graphs = world.parts.executor.graphs
+    assert isinstance(graphs, StampGraphs) and graphs.prompts > 20 and graphs.replays > 50
 
 
 @pytest.mark.parametrize("overlap", [False, True])

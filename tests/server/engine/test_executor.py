@@ -39,6 +39,8 @@ class Model:
 class Graphs:
     """Row i has LOGITS[i]; `best` is told apart from their argmax. Refuses more than three rows."""
 
+    max_rows = 4
+
     def __init__(self) -> None:
         self.seen: list[DecodeRows] = []
 
@@ -93,10 +95,22 @@ def test_any_other_wish_is_the_samplers_work(sampling: dict[str, Any], expected:
     assert model.steps == 0
 
 
-def test_steps_with_a_prompt_and_steps_that_fit_no_graph_are_run_by_the_model() -> None:
+def test_a_short_prompt_is_replayed_with_a_row_for_each_token() -> None:
     graphs = Graphs()
     made, model = executor(graphs)
-    assert tokens(made, [decoding(1), decoding(3)]) == [3, 3]
+    assert tokens(made, [decoding(2, slot=1), decoding(1)]) == [0, None]
+    assert graphs.seen == [DecodeRows([5, 0, 0], [4, 5, 5], [[2, 5]] * 3, [1, 1, -1], [GIVEN] * 3)]
+    assert made._tokens[:2].tolist() == [0, 0]  # in the works' places, where the next step looks for them
+    part = decoding(3)
+    assert tokens(made, [decoding(1), work_on(part.row, 2)]) == [4, None]  # the piece chooses nothing
+    assert list(made._places.values()) == [0]
+    assert model.steps == 0
+
+
+def test_steps_with_a_longer_prompt_and_steps_that_fit_no_graph_are_run_by_the_model() -> None:
+    graphs = Graphs()
+    made, model = executor(graphs)
+    assert tokens(made, [decoding(1), decoding(4)]) == [3, 3]
     assert model.steps == 1 and not graphs.seen
     assert tokens(made, [decoding(1)] * 4) == [3] * 4
     assert model.steps == 2

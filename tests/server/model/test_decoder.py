@@ -76,6 +76,23 @@ def test_contexts_of_very_different_length(tmp_path: Path) -> None:
         torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_tokens_of_a_prompt_may_be_rows_of_the_same_pages(kind: str, tmp_path: Path) -> None:
+    """Each sees those before it in the same step: what captured steps of few tokens build on."""
+    save_tiny(tmp_path, kind)
+    base = load_tiny(tmp_path)
+    rows = sequences([23, 9], [NO_ADAPTER] * 2, seed=1)
+    decoder, found = Decoder(base, None, positions=64), []
+    for alone in (False, True):
+        kv, works = cache_for(base, rows), [RowInput(row.tokens, 0, row.pages, logits=len(row.tokens)) for row in rows]
+        step(decoder, kv, [replace(work, tokens=work.tokens[:4], logits=0) for work in works])
+        rest = [replace(work, tokens=work.tokens[4:], start=4, logits=len(work.tokens) - 4) for work in works]
+        if alone:
+            rest = [RowInput([t], w.start + i, w.pages) for w in rest for i, t in enumerate(w.tokens)]
+        found.append(torch.cat(step(decoder, kv, rest)))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
 def save_loras(kind: str, folder: Path) -> tuple[Base, PeftModel]:
     """A base and PEFT's model of it with adapters "lora0", "lora1", ... as LORAS says, saved in folders of these
     names.
