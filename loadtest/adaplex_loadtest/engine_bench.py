@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -147,6 +148,18 @@ class EngineBench:
             busy = self.engine.step()
 
 
+def described(base: Base, batch: Batch) -> dict[str, Any]:
+    """What a report says of the base and the batch."""
+    return {
+        "shape": base.config.name,
+        "format": base.format,
+        "device": str(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "rows": batch.rows,
+        "adapters": batch.adapters,
+    }
+
+
 def bench(base: Base, settings: EngineSettings, batches: Sequence[Batch], rank: int, repeats: int = 3) -> list[str]:
     """A JSON line for each batch; the fastest of `repeats` prefills, and the median over all their steps."""
     count = max(batch.adapters for batch in batches)
@@ -159,12 +172,7 @@ def bench(base: Base, settings: EngineSettings, batches: Sequence[Batch], rank: 
         lines.append(
             report(
                 benchmark="engine",
-                shape=base.config.name,
-                format=base.format,
-                device=str(base.device),
-                dtype=str(base.dtype).removeprefix("torch."),
-                rows=batch.rows,
-                adapters=batch.adapters,
+                **described(base, batch),
                 rank=rank if batch.adapters else 0,
                 prompt_tokens=batch.prompt_tokens,
                 output_tokens=batch.output_tokens,

@@ -12,7 +12,7 @@ from itertools import chain
 from msgspec import structs
 
 from adaplex_adapters.spec import KIND_LORA
-from adaplex_loadtest.engine_bench import Batch, EngineBench, Timed
+from adaplex_loadtest.engine_bench import Batch, EngineBench, Timed, described
 from adaplex_loadtest.random_kinds import VIRTUAL_TOKENS, RandomKinds
 from adaplex_loadtest.statistics import percentile, report
 from adaplex_server.engine.settings import EngineSettings
@@ -46,12 +46,7 @@ def bench(
             lines.append(
                 report(
                     benchmark="engine, kinds",
-                    shape=base.config.name,
-                    format=base.format,
-                    device=str(base.device),
-                    dtype=str(base.dtype).removeprefix("torch."),
-                    rows=batch.rows,
-                    adapters=batch.adapters,
+                    **described(base, batch),
                     kinds=one,
                     rank=rank,
                     bottleneck=kinds.width,

@@ -37,8 +37,12 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_base(folder: Path, tokenizer: Any) -> Path:
-    """A dense bfloat16 checkpoint in Hugging Face layout, written to `folder`."""
+def make_base(
+    folder: Path, tokenizer: Any, *, tied: bool = True, spread: float = 0.1, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """A dense checkpoint in Hugging Face layout, written to `folder`. tied: the head is the embedding. spread: standard
+    deviation of the weights.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -49,12 +53,12 @@ def make_base(folder: Path, tokenizer: Any) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-        initializer_range=0.1,
+        tie_word_embeddings=tied,
+        initializer_range=spread,
         bos_token_id=1,
         eos_token_id=2,
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

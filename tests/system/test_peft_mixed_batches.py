@@ -18,7 +18,7 @@ import pytest
 import torch
 from running_server import RunningServer, running_server
 
-from support.tiny_base import make_tokenizer
+from support.tiny_base import make_base, make_tokenizer
 
 PROMPTS = torch.arange(90).view(9, 10)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -46,25 +46,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder, tokenizer = tmp_path_factory.mktemp("base"), make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=False,
-        initializer_range=0.15,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("base")
+    return make_base(folder, make_tokenizer(), tied=False, spread=0.15, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

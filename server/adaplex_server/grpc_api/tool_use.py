@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from adaplex_adapters.errors import InvalidRequest
 from adaplex_proto.v1 import adaplex_pb2 as pb
 from adaplex_server.service.tool_calls import Called, Piece, Said
 from adaplex_server.service.tool_formats import ToolFormat
-from adaplex_server.service.tool_use import MAX_TOOLS, NAME, ToolUse
+from adaplex_server.service.tool_use import MAX_TOOLS, NAME, Teller, ToolUse, templated_arguments
 
 
 def tool_use(chat: pb.Chat, form: ToolFormat | None) -> ToolUse | None:
@@ -38,17 +37,8 @@ def tool_use(chat: pb.Chat, form: ToolFormat | None) -> ToolUse | None:
         raise
 
 
-class ToolTeller:
+class ToolTeller(Teller):
     """Tells one choice's text and calls, piece by piece."""
-
-    def __init__(self, use: ToolUse) -> None:
-        self._calls = use.calls()
-        self._form = use.form
-
-    @property
-    def called(self) -> bool:
-        """Whether there has been a call."""
-        return self._calls.calls > 0
 
     def tell(self, message: pb.Delta) -> pb.Delta:
         """The delta with its calls taken out of the text."""
@@ -67,7 +57,7 @@ class ToolTeller:
             if isinstance(piece, Said):
                 message.text += piece.text
             elif isinstance(piece, Called):
-                calls.add(number=piece.number, id=self._form.call_id(secrets.choice), name=piece.name)
+                calls.add(number=piece.number, id=self._new_id(), name=piece.name)
             elif calls and calls[-1].number == piece.number:
                 calls[-1].arguments += piece.text
             else:
@@ -83,21 +73,16 @@ def templated(message: pb.ChatMessage) -> dict[str, Any]:
         told["name"] = message.name
     if message.tool_calls:
         told["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": templated_arguments(call.arguments)},
+            }
             for call in message.tool_calls
         ]
     if message.tool_call_id:
         told["tool_call_id"] = message.tool_call_id
     return told
-
-
-def _arguments(call: pb.ToolCall) -> Any:
-    """As an object, which templates write in their own way; what is no object stays text."""
-    try:
-        value = json.loads(call.arguments)
-    except (ValueError, RecursionError):
-        return call.arguments
-    return value if isinstance(value, dict) else call.arguments
 
 
 def _function(number: int, tool: pb.Tool) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-
 from msgspec import UNSET
 
 from adaplex_server.http_api.schemas.answers import (
@@ -18,7 +16,7 @@ from adaplex_server.http_api.schemas.chat import ChatCompletionRequest
 from adaplex_server.http_api.schemas.tools import NamedTool
 from adaplex_server.service.tool_calls import Argued, Called, Piece, Said
 from adaplex_server.service.tool_formats import ToolFormat
-from adaplex_server.service.tool_use import ToolUse
+from adaplex_server.service.tool_use import Teller, ToolUse
 
 
 def tool_use(body: ChatCompletionRequest, form: ToolFormat | None) -> ToolUse | None:
@@ -35,17 +33,8 @@ def tool_use(body: ChatCompletionRequest, form: ToolFormat | None) -> ToolUse | 
     )
 
 
-class ToolTeller:
-    """Tells one choice's text and calls, whole or piece by piece. Owns the ids of its calls."""
-
-    def __init__(self, use: ToolUse) -> None:
-        self._calls = use.calls()
-        self._form = use.form
-
-    @property
-    def called(self) -> bool:
-        """Whether there has been a call."""
-        return self._calls.calls > 0
+class ToolTeller(Teller):
+    """Tells one choice's text and calls, whole or piece by piece."""
 
     def message(self, text: str) -> AnswerMessage:
         """The whole answer."""
@@ -58,9 +47,7 @@ class ToolTeller:
                 calls.append((piece.name, []))
             else:
                 calls[-1][1].append(piece.text)
-        told = [
-            ToolCall(self._form.call_id(secrets.choice), CalledFunction(name, "".join(parts))) for name, parts in calls
-        ]
+        told = [ToolCall(self._new_id(), CalledFunction(name, "".join(parts))) for name, parts in calls]
         content = "".join(said)
         return AnswerMessage(content if content or not told else None, tool_calls=told or UNSET)
 
@@ -74,7 +61,5 @@ class ToolTeller:
             return ChatDelta(content=piece.text)
         if isinstance(piece, Argued):
             return ChatDelta(tool_calls=[DeltaToolCall(piece.number, DeltaFunction(arguments=piece.text))])
-        begun = DeltaToolCall(
-            piece.number, DeltaFunction("", piece.name), self._form.call_id(secrets.choice), "function"
-        )
+        begun = DeltaToolCall(piece.number, DeltaFunction("", piece.name), self._new_id(), "function")
         return ChatDelta(tool_calls=[begun])

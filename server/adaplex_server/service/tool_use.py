@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from adaplex_adapters.errors import InvalidRequest
 from adaplex_server.service.tool_calls import ToolCalls
@@ -53,3 +56,28 @@ class ToolUse:
     def calls(self) -> ToolCalls:
         """Those of one choice, as they come."""
         return ToolCalls(self.form, self.names)
+
+
+class Teller:
+    """What the tellers of one choice's calls share, whatever they write. Owns the calls as they come."""
+
+    def __init__(self, use: ToolUse) -> None:
+        self._calls = use.calls()
+        self._form = use.form
+
+    @property
+    def called(self) -> bool:
+        """Whether there has been a call."""
+        return self._calls.calls > 0
+
+    def _new_id(self) -> str:
+        return self._form.call_id(secrets.choice)
+
+
+def templated_arguments(text: str) -> Any:
+    """A call's arguments as an object, which templates write in their own way; what is no object stays text."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        value = None
+    return value if isinstance(value, dict) else text

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import orjson
 from pydantic import Field
 
 from adaplex_server.http_api.schemas.fields import RequestModel
-from adaplex_server.service.tool_use import NAME
+from adaplex_server.service.tool_use import NAME, templated_arguments
 
 
 class Function(RequestModel):
@@ -52,12 +51,8 @@ class CalledFunction(RequestModel):
     arguments: str
 
     def templated(self) -> dict[str, Any]:
-        """Arguments as an object, which templates write in their own way; what is no object stays text."""
-        try:
-            value = orjson.loads(self.arguments)
-        except orjson.JSONDecodeError:
-            value = None
-        return {"name": self.name, "arguments": value if isinstance(value, dict) else self.arguments}
+        """As chat templates expect it."""
+        return {"name": self.name, "arguments": templated_arguments(self.arguments)}
 
 
 class ToolCall(RequestModel):
