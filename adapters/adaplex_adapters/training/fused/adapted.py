@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -22,6 +22,7 @@ class LowRank:
     scalings: tuple[float, ...] = ()
 
 
+@runtime_checkable
 class LowRankHook(Protocol):
     """A forward hook that adds LoRAs, and can say which."""
 
@@ -56,7 +57,7 @@ def read_adapted(module: Any) -> Adapted | None:
         return None
     hooks = list(module._forward_hooks.values())
     if hooks:
-        if len(hooks) > 1 or not hasattr(hooks[0], "low_rank"):
+        if len(hooks) > 1 or not isinstance(hooks[0], LowRankHook):
             return None
         lora = hooks[0].low_rank()
     return None if lora is None else Adapted(module, lora)
